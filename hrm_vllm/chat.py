@@ -1,0 +1,79 @@
+"""Chat requests: the shared template, rendered to token ids in which message text is only text."""
+
+from typing import Any
+
+from vllm.config import VllmConfig
+from vllm.exceptions import VLLMValidationError
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.hf import HfRenderer
+from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
+from vllm.renderers.params import ChatParams
+
+from hrm_text.envelope import DEFAULT_CONDITION, ChatEncoder, ChatError
+
+# What vLLM itself passes beside the user's keys. Any other key is refused: a misspelt `condition`
+# must not quietly mean "direct".
+_ENGINE_KEYS = {
+    "add_generation_prompt",
+    "continue_final_message",
+    "documents",
+    "enable_thinking",
+    "reasoning_effort",
+    "thinking",
+    "tokenize",
+    "tools",
+}
+
+
+class HrmTextRenderer(HfRenderer):
+    """vLLM 0.32's renderer for tokenizer mode `hrm_text`.
+
+    A chat template given by the server's operator or, where trusted, by the request is used as
+    vLLM would use it.
+    """
+
+    def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
+        self._encoder = ChatEncoder.of(tokenizer) if tokenizer is not None else None
+        super().__init__(config, tokenizer)
+
+    def render_messages(self, messages: Any, params: ChatParams) -> Any:
+        if params.chat_template is not None:
+            return super().render_messages(messages, params)
+        parsed = parse_chat_messages(messages, self.model_config, content_format="string")
+        return self._prompt_of(parsed, params)
+
+    async def render_messages_async(self, messages: Any, params: ChatParams) -> Any:
+        if params.chat_template is not None:
+            return await super().render_messages_async(messages, params)
+        parsed = await parse_chat_messages_async(messages, self.model_config, content_format="string")
+        return self._prompt_of(parsed, params)
+
+    def _prompt_of(self, parsed: Any, params: ChatParams) -> Any:
+        conversation, media, _ = parsed
+        options = params.chat_template_kwargs
+        for key in options:
+            if key != "condition" and key not in _ENGINE_KEYS:
+                raise VLLMValidationError(
+                    f"chat_template_kwargs.{key}: is unknown to HRM-Text's chat template; it takes 'condition'",
+                    parameter="chat_template_kwargs",
+                    value=key,
+                )
+        for key in ("tools", "documents"):
+            if options.get(key):
+                raise VLLMValidationError(f"{key}: HRM-Text was not trained to use {key}", parameter=key)
+        if media:
+            raise VLLMValidationError("messages: HRM-Text takes text only", parameter="messages")
+        if self._encoder is None:
+            raise VLLMValidationError("messages: a chat needs a tokenizer, and this server runs without one")
+        condition = options.get("condition", DEFAULT_CONDITION)
+        if not isinstance(condition, str):
+            raise VLLMValidationError(
+                f"condition: must be a string, got {condition!r}", parameter="condition", value=condition
+            )
+        try:
+            ids = self._encoder.encode_chat(
+                conversation, condition, continue_final_message=bool(options.get("continue_final_message"))
+            )
+        except ChatError as error:
+            raise VLLMValidationError(str(error), parameter="messages") from error
+        return conversation, parse_dec_only_prompt(ids)

@@ -1,0 +1,19 @@
+"""Differences between the supported vLLM versions, one function each."""
+
+from vllm import __version__ as VLLM_VERSION
+
+SUPPORTED = ((0, 32), (0, 33))
+
+
+def check_version() -> None:
+    """Refuse a vLLM that the hooks were not written for.
+
+    Raises:
+        hrm_vllm.hooks.HookError: any release but 0.32.x and 0.33.x.
+    """
+    from packaging.version import Version
+
+    from hrm_vllm.hooks import HookError
+
+    if Version(VLLM_VERSION).release[:2] not in SUPPORTED:
+        raise HookError("version", "this plugin was written for 0.32 and 0.33")

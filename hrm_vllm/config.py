@@ -1,0 +1,144 @@
+"""Engine configuration for HRM-Text: what vLLM has to be told before it resolves anything."""
+
+import os
+from typing import Any
+
+from vllm.config import ModelConfig, VllmConfig
+from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+from hrm_text.config import read_config
+from hrm_text.envelope import ChatEncoder
+from hrm_text.spans import SpanRule
+from hrm_vllm.attention import SUPPORTED_BACKENDS
+from hrm_vllm.model_names import budget_is_explicit
+from hrm_vllm.spans import set_rule
+
+logger = init_logger("vllm.hrm_vllm")
+
+SCHEDULER = "hrm_vllm.scheduler.make_scheduler"
+
+
+class HrmTextConfigHook:
+    """Entry of `MODELS_CONFIG_MAP`; vLLM 0.32 calls both methods before it resolves the platform."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: ModelConfig) -> None:
+        """Refuse a config that cannot be served, choose our renderer and record the span rule."""
+        shape = read_config(_raw_config(model_config))
+        if model_config.enable_prompt_embeds:
+            raise ValueError("HRM-Text: --enable-prompt-embeds is not supported; spans are found in token ids")
+        if model_config.tokenizer_mode in ("auto", "hf"):
+            model_config.tokenizer_mode = "hrm_text"
+        envelope = None
+        if model_config.skip_tokenizer_init:
+            logger.warning(
+                "HRM-Text without a tokenizer: the envelope's token ids are unknown, so a prompt without "
+                "prefix_lm_spans is one bidirectional span as a whole"
+            )
+        else:
+            from vllm.tokenizers.registry import cached_tokenizer_from_config
+
+            envelope = ChatEncoder.of(cached_tokenizer_from_config(model_config)).envelope
+        set_rule(model_config, SpanRule(envelope, shape.prefix_lm))
+
+    @staticmethod
+    def verify_and_update_config(vllm_config: VllmConfig) -> None:
+        """Scheduler, token budget and attention backend; refuse what would be wrong in silence."""
+        _refuse_unsupported(vllm_config)
+        scheduler = vllm_config.scheduler_config
+        if scheduler.scheduler_cls not in (None, SCHEDULER):
+            raise ValueError(
+                f"HRM-Text needs its own scheduler to keep prefill chunks at span bounds; "
+                f"--scheduler-cls={scheduler.scheduler_cls!r} cannot be used"
+            )
+        scheduler.scheduler_cls = SCHEDULER
+        if scheduler.long_prefill_token_threshold > 0:
+            logger.warning(
+                "HRM-Text: long_prefill_token_threshold=%d is ignored; a span longer than it would wait for ever",
+                scheduler.long_prefill_token_threshold,
+            )
+            scheduler.long_prefill_token_threshold = 0
+        _set_token_budget(vllm_config)
+        _set_attention_backend(vllm_config)
+        _keep_eager_on_cpu(vllm_config)
+
+
+def _raw_config(model_config: ModelConfig) -> dict[str, Any]:
+    """The file's own mapping: transformers would fill a missing field with another model's default."""
+    from transformers import PretrainedConfig
+
+    if model_config.hf_overrides:
+        return model_config.hf_config.to_dict()
+    raw, _ = PretrainedConfig.get_config_dict(
+        model_config.hf_config_path or model_config.model, revision=model_config.revision
+    )
+    return raw
+
+
+def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    if vllm_config.kv_transfer_config is not None:
+        raise ValueError(
+            "HRM-Text: KV transfer and offloading (kv_transfer_config, kv_offloading_size) are not supported: "
+            "connectors may key cached blocks by token ids alone, which is wrong inside a span"
+        )
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        raise ValueError("HRM-Text: context parallelism is not supported; use tensor or pipeline parallelism")
+    if parallel.enable_dbo:
+        raise ValueError("HRM-Text: dual-batch overlap (--enable-dbo) is not supported")
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.method not in ("ngram", "ngram_gpu", "suffix"):
+        raise ValueError(
+            f"HRM-Text: speculative method {speculative.method!r} is not supported; no draft model exists for it. "
+            "Use 'ngram'"
+        )
+    if not vllm_config.scheduler_config.enable_chunked_prefill:
+        logger.info("HRM-Text: chunked prefill was switched off; it is exact and need not be")
+    if not current_platform.is_cpu() and not vllm_config.use_v2_model_runner:
+        raise ValueError(
+            "HRM-Text on a GPU needs vLLM's Model Runner V2: unset VLLM_USE_V2_MODEL_RUNNER=0, or the option "
+            "that vLLM's log names as unsupported by it"
+        )
+
+
+def _set_token_budget(vllm_config: VllmConfig) -> None:
+    """Raise a default budget so that the longest span fits beside a full batch of decodes."""
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    drafts = speculative.num_speculative_tokens if speculative is not None else 0
+    needed = vllm_config.model_config.max_model_len + scheduler.max_num_seqs * (1 + drafts)
+    if not budget_is_explicit.get() and scheduler.max_num_batched_tokens < needed:
+        logger.info("HRM-Text: max_num_batched_tokens raised to %d, so that any span fits one step", needed)
+        scheduler.max_num_batched_tokens = needed
+
+
+def _set_attention_backend(vllm_config: VllmConfig) -> None:
+    """Choose a supported backend where the user chose none, and refuse the others by name."""
+    attention = vllm_config.attention_config
+    if current_platform.is_cpu():
+        return
+    if attention.backend is None:
+        import torch
+
+        flash = vllm_config.model_config.dtype in (torch.float16, torch.bfloat16)
+        attention.backend = AttentionBackendEnum.FLASH_ATTN if flash else AttentionBackendEnum.TRITON_ATTN
+    elif attention.backend.name not in SUPPORTED_BACKENDS:
+        raise ValueError(
+            f"HRM-Text: attention backend {attention.backend.name} is not supported: PrefixLM needs causal and "
+            f"bidirectional sequences in one batch; use FLASH_ATTN or TRITON_ATTN"
+        )
+
+
+def _keep_eager_on_cpu(vllm_config: VllmConfig) -> None:
+    """No torch.compile on a CPU without a C++ compiler: inductor would fail at the first request."""
+    from shutil import which
+
+    if not current_platform.is_cpu() or vllm_config.model_config.enforce_eager:
+        return
+    if not any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):
+        from vllm.config import CompilationMode
+
+        logger.info("HRM-Text: no C++ compiler found; running without torch.compile")
+        vllm_config.compilation_config.mode = CompilationMode.NONE

@@ -1,0 +1,111 @@
+"""FLASH_ATTN (FA2, FA3): one causal flag a call, so a mixed batch may take two calls.
+
+Single query tokens see the same either way, so a batch of spans and decodes is one non-causal call;
+only causal pieces of several tokens need a second one.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+
+from hrm_text.spans import Spans
+from hrm_vllm.attention import DecodeGraphsOnly, VirtualBatch, _split_step, step_spans, virtual_metadata
+
+
+def select(batch: VirtualBatch, keep: np.ndarray) -> VirtualBatch:
+    """The virtual sequences where `keep` (bool, (n,)) holds."""
+    return VirtualBatch(*(getattr(batch, field)[keep] for field in VirtualBatch.__dataclass_fields__))
+
+
+def token_indices(batch: VirtualBatch) -> np.ndarray:
+    """int64: positions of the batch's query tokens in the flattened step."""
+    return np.concatenate([np.arange(s, e, dtype=np.int64) for s, e in zip(batch.starts, batch.ends, strict=True)])
+
+
+def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
+    """Builder and implementation overrides of a FlashAttention backend."""
+    builder = _builder(base.get_builder_cls())
+    impl = _impl(base.get_impl_cls())
+    return {"get_builder_cls": lambda: builder, "get_impl_cls": lambda: impl}
+
+
+def _builder(base: Any) -> Any:
+    class PrefixLMFlashBuilder(DecodeGraphsOnly, base):  # type: ignore[misc]
+        def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+            with step_spans([()] * common_attn_metadata.num_reqs):
+                return super().build_for_cudagraph_capture(common_attn_metadata)
+
+        def build(
+            self,
+            common_prefix_len: int,
+            common_attn_metadata: CommonAttentionMetadata,
+            fast_build: bool = False,
+            row_spans: Sequence[Spans] | None = None,
+        ) -> Any:
+            batch = _split_step(row_spans, common_attn_metadata)
+            if batch is None:
+                return super().build(common_prefix_len, common_attn_metadata, fast_build)
+            several = (batch.ends - batch.starts) > 1
+            causal_part = several & ~batch.bidirectional
+            if not causal_part.any():
+                return self._build_part(common_attn_metadata, batch, causal=False)
+            metadata = self._build_part(common_attn_metadata, batch, causal=True)
+            # Read by PrefixLMFlashImpl.forward in place of the metadata itself.
+            metadata.prefix_lm_calls = [
+                (
+                    torch.from_numpy(token_indices(part)).to(metadata.seq_lens.device, non_blocking=True),
+                    self._build_part(common_attn_metadata, part, causal),
+                )
+                for part, causal in ((select(batch, ~causal_part), False), (select(batch, causal_part), True))
+            ]
+            return metadata
+
+        def _build_part(self, common: CommonAttentionMetadata, batch: VirtualBatch, causal: bool) -> Any:
+            # fast_build leaves out FA3's ahead-of-time schedule: its buffer belongs to the captured
+            # graphs, and a split batch has another shape.
+            metadata = super().build(0, virtual_metadata(common, batch, causal), fast_build=True)
+            metadata.max_num_splits = 0
+            return metadata
+
+    return PrefixLMFlashBuilder
+
+
+def _impl(base: Any) -> Any:
+    class PrefixLMFlashImpl(base):  # type: ignore[misc]
+        def forward(
+            self,
+            layer: torch.nn.Module,
+            query: torch.Tensor,
+            key: torch.Tensor,
+            value: torch.Tensor,
+            kv_cache: torch.Tensor,
+            attn_metadata: Any,
+            output: torch.Tensor,
+            output_scale: torch.Tensor | None = None,
+            output_block_scale: torch.Tensor | None = None,
+        ) -> torch.Tensor:
+            calls = getattr(attn_metadata, "prefix_lm_calls", None)
+            if calls is None:
+                return super().forward(
+                    layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
+                )
+            for tokens, metadata in calls:
+                part = torch.empty_like(output[: len(tokens)])
+                super().forward(
+                    layer,
+                    query[tokens],
+                    key,
+                    value,
+                    kv_cache,
+                    metadata,
+                    part,
+                    output_scale,
+                    output_block_scale,
+                )
+                output[tokens] = part
+            return output
+
+    return PrefixLMFlashImpl

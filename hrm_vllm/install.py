@@ -1,0 +1,93 @@
+"""The table of hooks, in the order they are installed."""
+
+from vllm.logger import init_logger
+
+from hrm_vllm import ARCHITECTURE, compat
+from hrm_vllm.config import HrmTextConfigHook
+from hrm_vllm.hooks import Hook, HookError, wrap
+
+logger = init_logger("vllm.hrm_vllm")
+
+MODEL = "hrm_vllm.model:HrmTextForCausalLM"
+RENDERER_MODE = "hrm_text"
+
+
+def _model_class() -> Hook:
+    from vllm import ModelRegistry
+
+    def holds() -> bool:
+        entry = ModelRegistry.models.get(ARCHITECTURE)
+        return f"{getattr(entry, 'module_name', '')}:{getattr(entry, 'class_name', '')}" == MODEL
+
+    def install() -> None:
+        if not holds():
+            # vLLM warns that the in-tree class is overwritten; that is the point.
+            ModelRegistry.register_model(ARCHITECTURE, MODEL)
+
+    return Hook("model class", install, holds)
+
+
+def _model_config() -> Hook:
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    def install() -> None:
+        MODELS_CONFIG_MAP[ARCHITECTURE] = HrmTextConfigHook
+
+    return Hook("model config", install, lambda: MODELS_CONFIG_MAP.get(ARCHITECTURE) is HrmTextConfigHook)
+
+
+def _chat_renderer() -> Hook:
+    from vllm.renderers.registry import RENDERER_REGISTRY
+    from vllm.tokenizers.registry import TokenizerRegistry
+
+    renderer = ("hrm_vllm.chat", "HrmTextRenderer")
+
+    def install() -> None:
+        if RENDERER_MODE not in RENDERER_REGISTRY.renderers:
+            RENDERER_REGISTRY.register(RENDERER_MODE, *renderer)
+            TokenizerRegistry.register(RENDERER_MODE, *TokenizerRegistry.tokenizers["hf"])
+
+    return Hook("chat renderer", install, lambda: RENDERER_REGISTRY.renderers.get(RENDERER_MODE) == renderer)
+
+
+def all_hooks() -> list[Hook]:
+    """Every hook this plugin needs."""
+    from hrm_vllm import logprobs, model_names, prefix_cache, requests, runner_v1
+
+    return [
+        _model_class(),
+        _model_config(),
+        _chat_renderer(),
+        wrap("model names", "vllm.engine.arg_utils:EngineArgs.create_engine_config", model_names.resolving),
+        wrap("model names offline", "vllm.engine.arg_utils:get_model_path", model_names.resolving_path),
+        wrap("request spans", "vllm.v1.engine.input_processor:InputProcessor.process_inputs", requests.with_spans),
+        wrap(
+            "prefix cache keys",
+            "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
+            prefix_cache.with_span_keys,
+        ),
+        wrap(
+            "prompt logprobs",
+            "vllm.v1.engine.logprobs:LogprobsProcessor.from_new_request",
+            logprobs.hiding_in_span_scores,
+        ),
+        wrap(
+            "model runner V1",
+            "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
+            runner_v1.with_step_spans,
+        ),
+    ]
+
+
+def install() -> None:
+    """Install and check every hook; harmless when done before.
+
+    Raises:
+        HookError: vLLM's version is not supported, or a hook did not take hold.
+    """
+    compat.check_version()
+    for hook in all_hooks():
+        hook.install()
+        if not hook.holds():
+            raise HookError(hook.name, "it was installed and is not there")
+    logger.debug("hrm_vllm: all hooks hold")

@@ -1,0 +1,127 @@
+"""`HrmTextForCausalLM` for vLLM: the shared forward, compiled, with TP, PP and LoRA."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from vllm.compilation.decorators import support_torch_compile
+from vllm.config import VllmConfig
+from vllm.distributed import get_pp_group
+from vllm.model_executor.layers.logits_processor import LogitsProcessor
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from vllm.model_executor.model_loader.weight_utils import default_weight_loader
+from vllm.model_executor.models.interfaces import SupportsLoRA, SupportsPP
+from vllm.model_executor.models.utils import PPMissingLayer, maybe_prefix
+from vllm.sequence import IntermediateTensors
+
+from hrm_text.config import HrmTextShape, read_config
+from hrm_text.model import HrmTextBody
+from hrm_text.weights import PACKED_MODULES, target_of
+from hrm_vllm.model.layers import VllmLayers
+
+
+@support_torch_compile
+class HrmTextModel(HrmTextBody):
+    """The recurrence, as the unit that vLLM compiles and captures."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        shape = read_config(vllm_config.model_config.hf_config.to_dict())
+        group = get_pp_group()
+        stage = shape.plan.stage(group.rank_in_group, group.world_size)
+        super().__init__(shape, VllmLayers(vllm_config), prefix, stage)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        if self.stage.start == 0:
+            if inputs_embeds is None:
+                assert input_ids is not None
+                inputs_embeds = self.embed(input_ids)
+            z_H, z_L = self.begin(inputs_embeds)
+        else:
+            assert intermediate_tensors is not None
+            z_H, z_L = intermediate_tensors["z_H"], intermediate_tensors["z_L"]
+        z_H, z_L = self.recur(positions, z_H, z_L)
+        if self.stage.stop == len(self.steps):
+            return z_H
+        # An L step at the end of the last cycle aside, both states are needed downstream.
+        return IntermediateTensors({"z_H": z_H, "z_L": z_L.contiguous()})
+
+
+class HrmTextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
+    """HRM-Text with its LM head; replaces vLLM's in-tree class of the same name."""
+
+    packed_modules_mapping = PACKED_MODULES
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = vllm_config.model_config.hf_config
+        self.shape: HrmTextShape = read_config(self.config.to_dict())
+        self.model = HrmTextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        if get_pp_group().is_last_rank:
+            self.lm_head = ParallelLMHead(
+                self.shape.vocab_size,
+                self.shape.hidden_size,
+                quant_config=vllm_config.quant_config,
+                prefix=maybe_prefix(prefix, "lm_head"),
+            )
+            if self.shape.tie_word_embeddings:
+                self.lm_head = self.lm_head.tie_weights(self.model.embed_tokens)
+        else:
+            self.lm_head = PPMissingLayer()
+        self.logits_processor = LogitsProcessor(self.shape.vocab_size)
+
+    @staticmethod
+    def get_model_state_cls() -> type:
+        """Model Runner V2 asks the model for the state that knows its spans."""
+        from hrm_vllm.runner_v2 import HrmTextModelState
+
+        return HrmTextModelState
+
+    def make_empty_intermediate_tensors(
+        self, batch_size: int, dtype: torch.dtype, device: torch.device
+    ) -> IntermediateTensors:
+        """Zeroed (z_H, z_L), each (batch_size, hidden), for a later pipeline stage's dry runs."""
+        size = (batch_size, self.shape.hidden_size)
+        return IntermediateTensors({key: torch.zeros(size, dtype=dtype, device=device) for key in ("z_H", "z_L")})
+
+    def embed_input_ids(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return self.model.embed(input_ids)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        intermediate_tensors: IntermediateTensors | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor | IntermediateTensors:
+        return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
+
+    def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:
+        return self.logits_processor(self.lm_head, hidden_states)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint; every parameter of this rank must be found in it.
+
+        Raises:
+            ValueError: a tensor has no parameter to go to; vLLM refuses parameters left unloaded.
+        """
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for disk_name, tensor in weights:
+            name, shard = target_of(disk_name)
+            if name.startswith("lm_head.") and (
+                self.shape.tie_word_embeddings or isinstance(self.lm_head, PPMissingLayer)
+            ):
+                continue
+            if name not in parameters:
+                raise ValueError(f"checkpoint tensor {disk_name!r} has no place in HRM-Text (looked for {name!r})")
+            parameter = parameters[name]
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)
+            loaded.add(name)
+        return loaded

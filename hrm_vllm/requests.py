@@ -1,0 +1,124 @@
+"""Admission: every request gets its spans, or a 400 that names the fault."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from vllm.exceptions import VLLMValidationError
+from vllm.logger import init_logger
+
+from hrm_text.spans import (
+    LOGPROBS_OPTION,
+    SPANS_OPTION,
+    Envelope,
+    SpanError,
+    Spans,
+    envelope_spans,
+    flatten,
+    request_spans,
+    scored_inside,
+)
+from hrm_vllm.spans import rule_of
+
+logger = init_logger("vllm.hrm_vllm")
+
+
+def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `InputProcessor.process_inputs`, which both the server and `LLM` put every request through.
+
+    Seen in vLLM 0.32.0. Writes the resolved spans into the request's own `extra_args`, so that the
+    scheduler, the workers and the output processor read one and the same list.
+    """
+
+    def process_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+        request = original(self, *args, **kwargs)
+        rule = rule_of(self.model_config)
+        if rule is None or request.sampling_params is None:
+            return request
+        if request.prompt_token_ids is None or request.prompt_embeds is not None:
+            raise VLLMValidationError("HRM-Text takes token prompts, not prompt embeddings", parameter="prompt_embeds")
+        if request.resumable:
+            raise VLLMValidationError(
+                "HRM-Text does not take streaming input: a span must be known whole", parameter="resumable"
+            )
+        params = request.sampling_params
+        options = params.extra_args or {}
+        try:
+            spans = request_spans(request.prompt_token_ids, options, rule)
+            _check_capacity(spans, len(request.prompt_token_ids), self.vllm_config)
+            allow_inside = _logprobs_option(options)
+        except SpanError as error:
+            raise VLLMValidationError(str(error), parameter=error.field, value=error.value) from error
+        if rule.prefix_lm and options.get(SPANS_OPTION) is None:
+            _warn_without_envelope(request.prompt_token_ids, rule.envelope)
+        if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
+            _check_scoring(spans, len(request.prompt_token_ids), params, allow_inside)
+        params.extra_args = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
+        return request
+
+    return process_inputs
+
+
+def span_limit(vllm_config: Any) -> int:
+    """Longest span, in tokens, that one step of this engine can compute."""
+    scheduler = vllm_config.scheduler_config
+    speculative = vllm_config.speculative_config
+    drafting = speculative.max_num_new_slots_for_drafting if speculative is not None else 0
+    return min(scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens, scheduler.max_num_batched_tokens - drafting)
+
+
+def _check_capacity(spans: Spans, prompt_len: int, vllm_config: Any) -> None:
+    limit = span_limit(vllm_config)
+    for start, end in spans:
+        if end - start > limit:
+            raise SpanError(
+                f"span [{start}, {end}) has {end - start} tokens and is computed in one step; the limit is "
+                f"{limit}, from max_num_batched_tokens",
+                value=[start, end],
+            )
+    cache = vllm_config.cache_config
+    pool = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
+    if pool and prompt_len >= pool:
+        raise SpanError(
+            f"the prompt has {prompt_len} tokens and must stay in the KV cache whole; the limit is "
+            f"{pool - 1}, the cache's tokens less one",
+            field="prompt",
+            value=prompt_len,
+        )
+
+
+def _logprobs_option(options: dict[str, Any]) -> bool:
+    value = options.get(LOGPROBS_OPTION, False)
+    if value in (True, False):
+        return bool(value)
+    raise SpanError(f"must be true or false, got {value!r}", field=LOGPROBS_OPTION, value=value)
+
+
+def _check_scoring(spans: Spans, prompt_len: int, params: Any, allow_inside: bool) -> None:
+    if allow_inside:
+        return
+    start = (params.prompt_logprob_start or 0) + 1
+    hidden = [p for p in range(start, prompt_len) if scored_inside(spans, p)]
+    if not hidden:
+        return
+    # A fixed-id score table has no holes, so nothing in it may lie inside a span. Ordinary prompt
+    # log-probs have: positions inside a span come back empty, and it is enough that one does not.
+    if params.prompt_logprob_token_ids is None and len(hidden) < prompt_len - start:
+        return
+    span = next(s for s in spans if s[0] < hidden[0] < s[1])
+    raise VLLMValidationError(
+        f"prompt_logprobs: the scored token at position {hidden[0]} lies inside the bidirectional span "
+        f"[{span[0]}, {span[1]}), where the model already sees it. Close the span before the tokens to score "
+        f"({SPANS_OPTION}), or set {LOGPROBS_OPTION}=true to get the numbers anyway",
+        parameter="prompt_logprobs",
+        value=hidden[0],
+    )
+
+
+def _warn_without_envelope(prompt_ids: Sequence[int], envelope: Envelope | None) -> None:
+    if envelope is None or envelope_spans(prompt_ids, envelope):
+        return
+    logger.warning_once(
+        "A prompt came without HRM-Text's envelope (<|im_start|>, condition, text, <|im_end|>); it is taken "
+        "whole as one bidirectional span. The model was trained with the envelope: use /v1/chat/completions, "
+        "or wrap the text (hrm_text.envelope.wrap_prompt). This is logged once."
+    )

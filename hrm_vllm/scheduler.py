@@ -1,0 +1,46 @@
+"""A scheduler whose prefill chunks end only at span bounds or in causal runs."""
+
+import functools
+from typing import Any
+
+from vllm.v1.core.sched.async_scheduler import AsyncScheduler
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import Request
+
+from hrm_text.spans import chunk_end
+from hrm_vllm.prefix_cache import _spans_and_digests
+
+
+@functools.cache
+def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
+    class SpanAlignedScheduler(base):  # type: ignore[misc, valid-type]
+        """Cuts a chunk that would end inside a span at the span's start; 0 tokens means wait.
+
+        `_reserve_prefill_lookahead` is called in both scheduling loops just before the check for an
+        empty chunk (vLLM 0.32.0). Progress: running requests come first and in order of admission, so
+        the oldest unfinished prefill gets the whole budget in the end, and admission refused spans
+        that are longer than it.
+        """
+
+        def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
+            num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+            spans, _ = _spans_and_digests(request)
+            if not spans or num_computed_tokens >= spans[-1][1]:
+                return num_new_tokens
+            return chunk_end(spans, num_computed_tokens, num_computed_tokens + num_new_tokens) - num_computed_tokens
+
+    return SpanAlignedScheduler
+
+
+def make_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Scheduler:
+    """`scheduler_cls` factory: keeps vLLM's choice between the sync and the async scheduler.
+
+    Raises:
+        hrm_vllm.hooks.HookError: vLLM's scheduler no longer calls the method this one overrides.
+    """
+    base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
+    if not hasattr(base, "_reserve_prefill_lookahead"):
+        from hrm_vllm.hooks import HookError
+
+        raise HookError("scheduler", f"{base.__name__}._reserve_prefill_lookahead does not exist")
+    return _span_aligned(base)(*args, vllm_config=vllm_config, **kwargs)
