@@ -1,0 +1,39 @@
+# Needs Python 3.11+, make and pip. Everything else is installed into .venv/ by the first target that needs it.
+PYTHON ?= python3
+ENGINE ?= vllm
+MODEL ?= hrm-text-nano
+PORT ?= 8000
+ARGS ?=
+
+SETUP := $(PYTHON) tools/setup_env.py
+BIN := .venv/vllm/bin
+
+.PHONY: help serve test lint bench clean
+
+help:  ## list the targets
+	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
+	@echo 'variables: PORT=$(PORT) MODEL=$(MODEL) ENGINE=$(ENGINE) PYTHON=$(PYTHON) ARGS="more arguments"'
+
+serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
+serve:  ## start an OpenAI-compatible server on MODEL at PORT
+	@$(SETUP) $(ENGINE)
+	@exec $(BIN)/vllm serve --model $(MODEL) --port $(PORT) $(ARGS)
+
+test:  ## run the tests; ARGS="-k spans" and the like go to pytest
+	@$(SETUP) vllm --dev
+	@exec $(BIN)/python -m pytest $(ARGS)
+
+lint:  ## ruff and mypy
+	@$(SETUP) vllm --dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench:  ## measure throughput and latency
+	@test -d benchmarks || { echo 'make bench: the benchmarks are not in this release'; exit 1; }
+	@$(SETUP) vllm
+	@exec $(BIN)/python -m benchmarks $(ARGS)
+
+clean:  ## remove the environments and all caches
+	rm -rf .venv build dist *.egg-info shared/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
