@@ -14,10 +14,11 @@ help:  ## list the targets
 	@sed -n 's/^\([a-z]*\):.*## /make \1\t/p' $(MAKEFILE_LIST)
 	@echo 'variables: PORT=$(PORT) MODEL=$(MODEL) ENGINE=$(ENGINE) PYTHON=$(PYTHON) ARGS="more arguments"'
 
+# On a CPU, GiB of KV cache.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve:  ## start an OpenAI-compatible server on MODEL at PORT
 	@$(SETUP) $(ENGINE)
-	@exec $(BIN)/vllm serve --model $(MODEL) --port $(PORT) $(ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/vllm serve --model $(MODEL) --port $(PORT) $(ARGS)
 
 test:  ## run the tests; ARGS="-k spans" and the like go to pytest
 	@$(SETUP) vllm --dev
