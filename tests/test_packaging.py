@@ -12,6 +12,7 @@ from pathlib import Path
 from threading import Thread
 
 import pytest
+
 import setup_env
 from environment import Environment, SetupError, Step
 from setup_env import check_machine, choose_extra, has_nvidia_gpu, torch_arguments
