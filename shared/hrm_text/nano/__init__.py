@@ -1,0 +1,1 @@
+"""The demo checkpoint: its generated data, tokenizer, training and evaluation."""
