@@ -63,7 +63,10 @@ def span_limit(vllm_config: Any) -> int:
     scheduler = vllm_config.scheduler_config
     speculative = vllm_config.speculative_config
     drafting = speculative.max_num_new_slots_for_drafting if speculative is not None else 0
-    return min(scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens, scheduler.max_num_batched_tokens - drafting)
+    return min(
+        scheduler.max_num_scheduled_tokens or scheduler.max_num_batched_tokens,
+        scheduler.max_num_batched_tokens - drafting,
+    )
 
 
 def _check_capacity(spans: Spans, prompt_len: int, vllm_config: Any) -> None:

@@ -174,9 +174,7 @@ def install(env: Environment, name: str, *, finished: bool = True) -> Path:
     info = site / f"{name}-1.0.dist-info"
     info.mkdir(parents=True)
     (site / f"{name}.py").write_text("x = 1\n")
-    (info / "RECORD").write_text(
-        f"{name}.py,sha256=0,6\n{name}.cpython-311.pyc,sha256=0,99\n{info.name}/RECORD,,\n"
-    )
+    (info / "RECORD").write_text(f"{name}.py,sha256=0,6\n{name}.cpython-311.pyc,sha256=0,99\n{info.name}/RECORD,,\n")
     if finished:
         (info / "INSTALLER").write_text("pip\n")
     return info

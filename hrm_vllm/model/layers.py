@@ -49,9 +49,7 @@ class VllmLayers:
         self.tp_size = get_tensor_model_parallel_world_size()
 
     def column_linear(self, in_features: int, out_features: list[int], prefix: str) -> nn.Module:
-        return MergedColumnParallelLinear(
-            in_features, out_features, bias=False, quant_config=self.quant, prefix=prefix
-        )
+        return MergedColumnParallelLinear(in_features, out_features, bias=False, quant_config=self.quant, prefix=prefix)
 
     def row_linear(self, in_features: int, out_features: int, prefix: str) -> nn.Module:
         return RowParallelLinear(in_features, out_features, bias=False, quant_config=self.quant, prefix=prefix)

@@ -191,7 +191,9 @@ def _text_of(message: Mapping[str, Any], index: int) -> str:
     if isinstance(content, str):
         return content
     if isinstance(content, Sequence):
-        parts = [part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content]
+        parts = [
+            part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
+        ]
         if parts and all(isinstance(part, str) for part in parts):
             return "\n".join(part for part in parts if part is not None)
     raise ChatError(f"messages[{index}].content: must be text, got {content!r}")

@@ -1,0 +1,100 @@
+"""Decode step times: vLLM with this plugin beside vLLM's in-tree model, in one run on one GPU.
+
+    python -m benchmarks.step_time --out step_time.json
+
+Both engines are loaded at once, each in its own process with half of the GPU's memory, default
+options and dummy weights of the 1B, and measured in turn. A step is the wall time between the point
+where every request of the batch has two tokens and 128 steps later, divided by 128; the smallest of
+the repeats is reported with their spread.
+"""
+
+import json
+import multiprocessing as mp
+import os
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CONFIG = Path(__file__).parent / "hrm-text-1b"
+SHAPES = ((1, 128), (8, 128), (64, 512), (256, 256))  # batch, prompt tokens
+STEPS = 128
+ENGINES = {"in-tree": {"VLLM_PLUGINS": ""}, "plugin": {"VLLM_PLUGINS": "hrm_text"}}
+
+
+def measure(llm: Any, batch: int, context: int) -> float:
+    """Milliseconds a decode step takes for `batch` requests of `context` prompt tokens."""
+    import random
+
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=STEPS + 40, ignore_eos=True, detokenize=False)
+    engine = llm.llm_engine
+    for index in range(batch):
+        prompt = [random.randrange(12, 60000) for _ in range(context)]
+        engine.add_request(f"{time.monotonic_ns()}-{index}", {"prompt_token_ids": prompt}, params)
+    lengths: dict[str, int] = {}
+    began = 0.0
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            lengths[output.request_id] = len(output.outputs[0].token_ids)
+        shortest = min(lengths.values()) if len(lengths) == batch else 0
+        if not began and shortest >= 2:
+            began, first = time.perf_counter(), shortest
+        elif began and shortest >= first + STEPS:
+            elapsed = time.perf_counter() - began
+            engine.abort_request(list(lengths))
+            while engine.has_unfinished_requests():
+                engine.step()
+            return 1000 * elapsed / (shortest - first)
+    raise RuntimeError("the batch ended before it was measured")
+
+
+def _serve(pipe: Any, env: dict[str, str]) -> None:
+    os.environ.update(env, VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="WARNING")
+    began = time.perf_counter()
+    from vllm import LLM
+
+    llm = LLM(
+        str(CONFIG),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        gpu_memory_utilization=0.45,
+        max_num_seqs=256,
+        attention_backend="FLASH_ATTN",
+        compilation_config={"cudagraph_capture_sizes": sorted({batch for batch, _ in SHAPES})},
+        disable_log_stats=True,
+    )
+    pipe.send(time.perf_counter() - began)
+    while (shape := pipe.recv()) is not None:
+        pipe.send(measure(llm, *shape))
+
+
+def main(out: Annotated[Path, typer.Option(help="Where the JSON goes.")], repeats: int = 4) -> None:
+    """Measure every shape on both engines in turn and print the ratios."""
+    context = mp.get_context("spawn")
+    pipes, report = {}, {"startup_s": {}, "steps": []}  # type: ignore[var-annotated]
+    for name, env in ENGINES.items():
+        pipes[name], theirs = context.Pipe()
+        context.Process(target=_serve, args=(theirs, env), daemon=True).start()
+    for name, pipe in pipes.items():
+        report["startup_s"][name] = pipe.recv()
+    for shape in SHAPES:
+        times: dict[str, list[float]] = {name: [] for name in pipes}
+        for _ in range(repeats):
+            for name, pipe in pipes.items():
+                pipe.send(shape)
+                times[name].append(pipe.recv())
+        best = {name: min(values[1:]) for name, values in times.items()}
+        ratio = best["plugin"] / best["in-tree"]
+        report["steps"].append({"batch": shape[0], "context": shape[1], "ms": times, "ratio": ratio})
+        print(f"batch {shape[0]:4d} context {shape[1]:4d}: {best} ratio {ratio:.3f}", flush=True)
+        out.write_text(json.dumps(report, indent=1))
+    for pipe in pipes.values():
+        pipe.send(None)
+    print(json.dumps(report["startup_s"]))
+
+
+if __name__ == "__main__":
+    typer.run(main)
