@@ -1,9 +1,9 @@
-"""Held-out exact match of a checkpoint, per kind and condition, under the right prompt mask and under a causal one.
+"""Held-out exact match of a checkpoint per kind and condition, under the right prompt mask and a causal one.
 
     PYTHONPATH=shared python -m hrm_text.nano.evaluate CHECKPOINT eval.json
 
-Answers are greedy, by transformers' `generate` with its KV cache. Two-turn items have two spans, which `generate` cannot
-express; they are decoded by a full forward a token under the explicit 4-D mask.
+Answers are greedy, by transformers' `generate` with its KV cache. Two-turn items have two spans, which
+`generate` cannot express; they are decoded by a full forward a token under the explicit 4-D mask.
 """
 
 import argparse
@@ -62,33 +62,23 @@ def decode_spans(
     at, rows = torch.tensor(start, device=model.device), torch.arange(len(prompts), device=model.device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=model.device)
     allowed = prefix_mask(torch.zeros_like(spans), spans)
-    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device).masked_fill_(
-        ~allowed, -torch.inf
-    )
+    mask = torch.zeros(allowed.shape, dtype=model.dtype, device=model.device).masked_fill_(~allowed, -torch.inf)
     for _ in range(LONGEST):
         seen = int(at.max())
-        hidden = model.model(
-            ids[:, :seen], attention_mask=mask[:, :, :seen, :seen], use_cache=False
-        ).last_hidden_state
+        hidden = model.model(ids[:, :seen], attention_mask=mask[:, :, :seen, :seen], use_cache=False).last_hidden_state
         token = model.lm_head(hidden[rows, at - 1]).argmax(-1)
         done |= token == EOS
         if bool(done.all()):
             break
         ids[rows, at] = torch.where(done, PAD, token)
         at = at + (~done).long()
-    return [
-        ids[row, begin:end].tolist() for row, (begin, end) in enumerate(zip(start, at.tolist(), strict=True))
-    ]
+    return [ids[row, begin:end].tolist() for row, (begin, end) in enumerate(zip(start, at.tolist(), strict=True))]
 
 
-def answer(
-    model: Any, tokenizer: Tokenizer, problems: Sequence[Problem], prefix: bool, size: int
-) -> list[str]:
+def answer(model: Any, tokenizer: Tokenizer, problems: Sequence[Problem], prefix: bool, size: int) -> list[str]:
     """The model's whole responses, in the order of `problems`."""
     prompts = [prompt_of(encode(tokenizer, p)) for p in problems]
-    order = sorted(
-        range(len(prompts)), key=lambda i: len(prompts[i][0])
-    )  # alike lengths waste little padding
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i][0]))  # alike lengths waste little padding
     responses = [""] * len(prompts)
     for chosen in batches(order, size):
         if any(len(prompts[i][1]) > 1 for i in chosen):
@@ -107,9 +97,7 @@ def exact_match(problems: Sequence[Problem], responses: Sequence[str]) -> float:
 def evaluate(folder: Path, device: str, size: int) -> dict[str, Any]:
     """Exact match of every group and both masks, with a few wrong answers to look at."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    model = (
-        HrmTextForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
-    )
+    model = HrmTextForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sdpa").to(device).eval()
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     results: list[dict[str, Any]] = []
     for kind, condition in GROUPS:
@@ -119,21 +107,15 @@ def evaluate(folder: Path, device: str, size: int) -> dict[str, Any]:
             responses = answer(model, tokenizer, problems, prefix, size)
             row[name] = round(exact_match(problems, responses), 4)
             if prefix:
-                wrong = [
-                    (p, r) for p, r in zip(problems, responses, strict=True) if final_answer(r) != p.answer
-                ]
+                wrong = [(p, r) for p, r in zip(problems, responses, strict=True) if final_answer(r) != p.answer]
                 row["wrong"] = [{"prompt": p.prompt, "expected": p.response, "got": r} for p, r in wrong[:4]]
         results.append(row)
-        print(
-            kind, condition, row["prefix"], row["causal"], f"{time.monotonic() - started:.0f} s", flush=True
-        )
+        print(kind, condition, row["prefix"], row["causal"], f"{time.monotonic() - started:.0f} s", flush=True)
     return {"dtype": str(dtype).removeprefix("torch."), "results": results}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("out", type=Path)
     arguments = parser.parse_args()

@@ -1,7 +1,7 @@
 """From problems to packed training rows: token ids, spans, documents, and the PrefixLM mask over them.
 
-A turn is `<|im_start|>` condition prompt `<|im_end|>` (one bidirectional span, both markers included), then the response
-and `<|box_end|>`, causal. Several documents share a row and do not see each other.
+A turn is `<|im_start|>` condition prompt `<|im_end|>` (one bidirectional span, both markers included), then the
+response and `<|box_end|>`, causal. Several documents share a row and do not see each other.
 """
 
 from bisect import bisect_right
@@ -35,9 +35,7 @@ class Batch(NamedTuple):
 
     ids: torch.Tensor  # int64
     positions: torch.Tensor  # int64, restart with each document
-    documents: (
-        torch.Tensor
-    )  # int64, unlike inside a row means invisible; each pad token is a document of its own
+    documents: torch.Tensor  # int64, unlike inside a row means invisible; each pad token is a document of its own
     spans: torch.Tensor  # int64, the span a token lies in, -1 where it is causal
     targets: torch.Tensor  # int64, the next token
     weights: torch.Tensor  # float32, 0 except where the next token belongs to a response
@@ -76,7 +74,10 @@ def fill_row(pool: list[Document], length: int) -> list[Document]:
 
 
 def pack(rows: list[list[Document]], length: int) -> Batch:
-    """Lays out documents side by side; a response weighs its tokens to the power 1/4, so that a letter counts beside 50 tokens."""
+    """Lays out documents side by side.
+
+    A response of n tokens weighs n ** 0.25 in all, so that a bare letter still counts beside worked steps.
+    """
     shape = (len(rows), length)
     ids: NDArray[np.int64] = np.full(shape, PAD, np.int64)
     positions, spans = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)

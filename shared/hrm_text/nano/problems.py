@@ -1,7 +1,7 @@
 """The demo checkpoint's tasks: one seeded stream of problems, and a held-out set it never contains.
 
-Kinds: `word` (2-4 step stories), `arithmetic`, `choice` (four-way multiple choice), `extraction` and `dialogue`
-(two turns). `word` and `arithmetic` come in both conditions; the rest is `direct`.
+Kinds: `word` (2-4 step stories), `arithmetic`, `choice` (four-way multiple choice), `extraction` and
+`dialogue` (two turns). `word` and `arithmetic` come in both conditions; the rest is `direct`.
 """
 
 from collections.abc import Iterator
@@ -41,8 +41,8 @@ class Turn:
 class Problem:
     """The last instruction, its response and bare answer, and what came before.
 
-    `questions` are all the questions the item shows, worked shots and earlier turns included: the held-out split
-    is made on them, so a held-out question is not seen inside a training shot either.
+    `questions` are all the questions the item shows, worked shots and earlier turns included: the held-out
+    split is made on them, so a held-out question is not seen inside a training shot either.
     """
 
     kind: str
@@ -78,14 +78,12 @@ def from_story(rng: Random, kind: str, condition: str, story: Story) -> Problem:
     if kind == "word":
         if rng.random() < 0.08:
             question = spell_small_numbers(question)
-        question = rng.choice(("Question: {}", "{}\nAnswer:") if rng.random() < 0.06 else ("{}",)).format(
-            question
-        )
+        question = rng.choice(("Question: {}", "{}\nAnswer:") if rng.random() < 0.06 else ("{}",)).format(question)
     return Problem(kind, condition, question, respond(story, condition), str(story.total), (), (question,))
 
 
 def with_shots(rng: Random, kind: str) -> Problem:
-    """Multiple choice or extraction, a third of it behind one to three worked shots in the same instruction."""
+    """Multiple choice or extraction, a third of it behind 1-3 worked shots in the same instruction."""
     make = multiple_choice if kind == "choice" else extraction
     count = rng.randint(1, 3) if rng.random() < 0.33 else 0
     *shots, (question, answer) = [make(rng) for _ in range(count + 1)]

@@ -5,55 +5,11 @@ from collections.abc import Callable, Sequence
 from random import Random
 
 from hrm_text.nano import words
+from hrm_text.nano.facts import CATEGORIES, FACTS
 from hrm_text.nano.scenes import word_problem
 from hrm_text.nano.stories import LIMIT, Story, Unsuitable
 from hrm_text.nano.words import invented, person
 
-CATEGORIES: dict[str, tuple[str, ...]] = {
-    "a fruit": tuple("apple banana pear peach plum lemon mango cherry grape strawberry orange melon".split()),
-    "a vegetable": tuple("carrot potato onion cabbage spinach broccoli celery lettuce radish turnip".split()),
-    "an animal": tuple(words.ANIMALS),
-    "a bird": tuple("eagle sparrow owl parrot penguin duck swan crow pigeon robin".split()),
-    "a colour": tuple(c for c in words.COLOURS if c != "orange"),
-    "a color": tuple(c for c in words.COLOURS if c != "orange"),
-    "a day of the week": tuple(words.DAYS),
-    "a month": tuple(words.MONTHS),
-    "a job": tuple(words.JOBS),
-    "a city": tuple(words.CITIES),
-    "a country": tuple(
-        "France Germany Spain Italy Japan China Brazil Egypt Canada Mexico Kenya Norway India".split()
-    ),
-    "a vehicle": tuple("car bus train truck bicycle boat plane tram ship motorcycle".split()),
-    "a tool": tuple("hammer saw drill wrench screwdriver shovel rake pliers".split()),
-    "a piece of furniture": tuple("table chair sofa bed desk wardrobe bench bookcase".split()),
-    "a musical instrument": tuple("piano guitar violin flute drum trumpet cello harp".split()),
-    "a sport": tuple("football tennis basketball swimming hockey golf rugby volleyball".split()),
-    "a drink": tuple("water milk tea coffee juice lemonade cocoa".split()),
-    "a body part": tuple("hand foot arm leg nose ear knee elbow finger shoulder".split()),
-    "a piece of clothing": tuple("shirt hat coat sock glove scarf dress sweater jacket".split()),
-}
-
-
-def _pairs(text: str) -> tuple[tuple[str, str], ...]:
-    """`left/right left/right ...` as pairs."""
-    return tuple((left, right) for left, right in (pair.split("/") for pair in text.split()))
-
-
-FACTS: tuple[tuple[str, tuple[tuple[str, str], ...]], ...] = (
-    ("What is the opposite of {}?", _pairs(
-        "hot/cold big/small up/down day/night fast/slow old/young wet/dry happy/sad full/empty left/right open/closed "
-        "early/late high/low long/short hard/soft light/dark")),
-    ("What is the capital of {}?", _pairs(
-        "France/Paris Germany/Berlin Spain/Madrid Italy/Rome Japan/Tokyo England/London Austria/Vienna Norway/Oslo "
-        "Egypt/Cairo Peru/Lima Ireland/Dublin Greece/Athens Portugal/Lisbon Russia/Moscow Poland/Warsaw")),
-    ("What is a baby {} called?", _pairs(
-        "dog/puppy cat/kitten cow/calf horse/foal sheep/lamb pig/piglet goat/kid duck/duckling lion/cub")),
-    ("How many {}?", (
-        ("days are in a week", "7"), ("minutes are in an hour", "60"), ("hours are in a day", "24"),
-        ("months are in a year", "12"), ("seconds are in a minute", "60"), ("legs does a spider have", "8"),
-        ("legs does a dog have", "4"), ("sides does a triangle have", "3"), ("sides does a square have", "4"),
-        ("wheels does a bicycle have", "2"), ("legs does an insect have", "6"), ("days are in a year", "365"))),
-)  # fmt: skip
 OPERATORS: dict[str, Callable[[int, int], int]] = {
     "+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.floordiv,
 }  # fmt: skip
@@ -85,8 +41,15 @@ def arithmetic(rng: Random) -> Story:
         expression = f"{a} {op} {b}"
         spoken = {"+": "plus", "-": "minus", "*": "times", "/": "divided by"}[op]
         name = {"+": "sum", "-": "difference", "*": "product", "/": "quotient"}[op]
-        said = rng.choice((f"How much is {a} {spoken} {b}?", f"What is {a} {spoken} {b}?", f"{a} {spoken} {b}",
-                           f"What is the {name} of {a} and {b}?", f"Find the {name} of {a} and {b}."))  # fmt: skip
+        said = rng.choice(
+            (
+                f"How much is {a} {spoken} {b}?",
+                f"What is {a} {spoken} {b}?",
+                f"{a} {spoken} {b}",
+                f"What is the {name} of {a} and {b}?",
+                f"Find the {name} of {a} and {b}.",
+            )
+        )
     else:
         c, last = rng.randint(1, 99), rng.choice("+-")
         if op in "+-" and rng.random() < 0.3:
@@ -182,9 +145,7 @@ def category_choice(rng: Random) -> Choice:
     """Which of these is, or is not, a member."""
     name = rng.choice(list(CATEGORIES))
     members = CATEGORIES[name]
-    outside = [
-        word for other, group in CATEGORIES.items() if other != name for word in group if word not in members
-    ]
+    outside = [word for other, group in CATEGORIES.items() if other != name for word in group if word not in members]
     # Lists overlap where the world does: a bird is an animal, an orange has its colour.
     if name == "an animal":
         outside = [word for word in outside if word not in CATEGORIES["a bird"]]
@@ -192,9 +153,7 @@ def category_choice(rng: Random) -> Choice:
         outside.remove("orange")
     form = rng.random()
     if form < 0.6:
-        question = rng.choice(
-            (f"Which of these is {name}?", f"Which one is {name}?", f"Which word names {name}?")
-        )
+        question = rng.choice((f"Which of these is {name}?", f"Which one is {name}?", f"Which word names {name}?"))
         return question, rng.choice(members), rng.sample(sorted(set(outside)), 3)
     if form < 0.8:
         return f"Which of these is not {name}?", rng.choice(outside), rng.sample(members, 3)
@@ -236,16 +195,11 @@ def computed_choice(rng: Random) -> Choice:
     if rng.random() < 0.55:
         a, op, b = small_sum(rng)
         value = OPERATORS[op](a, b)
-        question = rng.choice(("What is {}?", "{} =", "How much is {}?", "Calculate {}.")).format(
-            f"{a} {op} {b}"
-        )
+        question = rng.choice(("What is {}?", "{} =", "How much is {}?", "Calculate {}.")).format(f"{a} {op} {b}")
         return question, str(value), [str(w) for w in near(rng, value)]
     while True:
         story = word_problem(rng, 1, 2)
-        if (
-            max(int(n) for n in "".join(c if c.isdigit() else " " for c in " ".join(story.steps)).split())
-            <= 100
-        ):
+        if max(int(n) for n in "".join(c if c.isdigit() else " " for c in " ".join(story.steps)).split()) <= 100:
             return story.text, str(story.total), [str(w) for w in near(rng, story.total)]
 
 
@@ -273,9 +227,7 @@ def extraction(rng: Random) -> tuple[str, str]:
         fields = rng.sample(range(len(TRAITS)), rng.randint(2, 4))
         for place, field in enumerate(fields):
             value, sentence, question, label = TRAITS[field](rng)
-            sentences.append(
-                sentence.format(n=who.name if place == 0 or rng.random() < 0.4 else who.He, v=value)
-            )
+            sentences.append(sentence.format(n=who.name if place == 0 or rng.random() < 0.4 else who.He, v=value))
             asked.append((question.format(n=who.name), f"{who.name}'s {label}", value))
     question, label, value = rng.choice(asked)
     question, label = words.tidy(question), words.tidy(f"of {label}").removeprefix("of ")
@@ -295,16 +247,34 @@ def _pick(rng: Random, known: Sequence[str]) -> str:
     return invented(rng).capitalize() if rng.random() < 0.3 else rng.choice(known)
 
 
+def _place(rng: Random) -> Trait:
+    city = _pick(rng, words.CITIES)
+    return city, rng.choice(("{n} lives in {v}.", "{n} moved to {v}.")), "Where does {n} live?", "city"
+
+
+def _dog(rng: Random) -> Trait:
+    return _pick(rng, words.BOYS), "{n} has a dog named {v}.", "What is the name of {n}'s dog?", "dog name"
+
+
+def _birthday(rng: Random) -> Trait:
+    day = f"{rng.choice(words.MONTHS)} {rng.randint(1, 28)}"
+    return day, "{n} was born on {v}.", "When was {n} born?", "birthday"
+
+
+def _phone(rng: Random) -> Trait:
+    number = f"{rng.randint(200, 999)}-{rng.randint(1000, 9999)}"
+    return number, "{n} can be reached at {v}.", "What is {n}'s phone number?", "phone number"
+
+
 TRAITS: tuple[Callable[[Random], Trait], ...] = (
-    lambda r: (_pick(r, words.CITIES), r.choice(("{n} lives in {v}.", "{n} moved to {v}.")), "Where does {n} live?", "city"),
+    _place,
     lambda r: (r.choice(words.JOBS), "{n} works as a {v}.", "What is {n}'s job?", "job"),
     lambda r: (str(r.randint(5, 90)), "{n} is {v} years old.", "How old is {n}?", "age"),
     lambda r: (r.choice(words.COLOURS), "{n} drives a {v} car.", "What colour is {n}'s car?", "car colour"),
     lambda r: (r.choice(words.HOBBIES), "{n} likes {v}.", "What does {n} like?", "hobby"),
-    lambda r: (_pick(r, words.BOYS), "{n} has a dog named {v}.", "What is the name of {n}'s dog?", "dog name"),
+    _dog,
     lambda r: (r.choice(words.FOODS), "{n} eats a {v} every day.", "What does {n} eat every day?", "food"),
-    lambda r: (f"{r.choice(words.MONTHS)} {r.randint(1, 28)}", "{n} was born on {v}.", "When was {n} born?", "birthday"),
-    lambda r: (f"{r.randint(200, 999)}-{r.randint(1000, 9999)}", "{n} can be reached at {v}.",
-               "What is {n}'s phone number?", "phone number"),
+    _birthday,
+    _phone,
     lambda r: (f"${r.randint(5, 900)}", "{n} paid {v} for a ticket.", "How much did {n} pay?", "price"),
-)  # fmt: skip
+)

@@ -1,8 +1,9 @@
-"""Word problems with a plot of their own: comparisons, shopping, travel, wages, ages, classes, savings."""
+"""Word problems with a plot of their own, and the draw among all of them."""
 
 from collections.abc import Callable
 from random import Random
 
+from hrm_text.nano.money import saving, shopping, wages
 from hrm_text.nano.stories import Story, Unsuitable, ledger, size
 from hrm_text.nano.words import DAYS, PEOPLE, container, noun, person
 
@@ -13,17 +14,13 @@ def compare(rng: Random) -> Story:
     if a.name == b.name:
         raise Unsuitable
     first = size(rng)
-    s.facts.append(
-        rng.choice((f"{a.name} has {what.count(first)}.", f"{a.name} collected {what.count(first)}."))
-    )
+    s.facts.append(rng.choice((f"{a.name} has {what.count(first)}.", f"{a.name} collected {what.count(first)}.")))
     form, k = rng.random(), rng.randint(2, 20)
     if form < 0.3:
         s.facts.append(f"{b.name} has {k} more {what.many} than {a.name}.")
         second = s.step("Other", first, "+", k, what.many)
     elif form < 0.55:
-        s.facts.append(
-            rng.choice((f"{b.name} has {k} fewer than {a.name}.", f"{b.name} has {k} less than {a.name}."))
-        )
+        s.facts.append(rng.choice((f"{b.name} has {k} fewer than {a.name}.", f"{b.name} has {k} less than {a.name}.")))
         second = s.step("Other", first, "-", k, what.many)
     elif form < 0.88:
         times = rng.randint(2, 5)
@@ -49,52 +46,6 @@ def compare(rng: Random) -> Story:
             s.step("Then", s.total, "-", lost, what.many)
     else:
         s.question = f"How many {what.many} does {b.name} have?"
-    return s
-
-
-def shopping(rng: Random) -> Story:
-    """Prices times counts, then the sum or the change."""
-    s, who = Story(), person(rng)
-    x, y = noun(rng), noun(rng)
-    if x.one == y.one:
-        raise Unsuitable
-    p, q, n, m = rng.randint(2, 15), rng.randint(2, 15), rng.randint(2, 9), rng.randint(2, 9)
-    two = rng.random() < 0.6
-    prices = rng.choice(
-        (f"A {x.one} costs ${p}", f"One {x.one} costs {p} dollars", f"Each {x.one} costs ${p}")
-    )
-    buys = rng.choice(("buys", "bought", "wants to buy"))
-    if two:
-        s.facts += [
-            f"{prices} and {rng.choice(('a', 'one', 'each'))} {y.one} costs ${q}.",
-            f"{who.name} {buys} {x.count(n)} and {y.count(m)}.",
-        ]
-    else:
-        s.facts += rng.choice(
-            (
-                [f"{prices}.", f"{who.name} {buys} {x.count(n)}."],
-                [f"{who.name} {buys} {x.count(n)} for ${p} each."],
-                [f"{who.name} {buys} {x.count(n)} that cost ${p} each."],
-            )
-        )
-    cost = s.step("Cost", n, "*", p, "dollars")
-    if two:
-        other = s.step("Other", m, "*", q, "dollars")
-        cost = s.step("Together", cost, "+", other, "dollars")
-    s.question = rng.choice(
-        (f"How much does {who.he} pay?", f"How much money does {who.name} need?", "What is the total cost?")
-    )
-    if not two or rng.random() < 0.4:
-        paid = next(
-            (note for note in (20, 50, 100, 200, 500) if note >= cost and rng.random() < 0.8), cost + 10
-        )
-        if rng.random() < 0.5:
-            s.facts.append(f"{who.He} pays with ${paid}.")
-            s.question = rng.choice((f"How much change does {who.he} get?", "How many dollars of change?"))
-        else:
-            s.facts.insert(0, f"{who.name} has ${paid}.")
-            s.question = f"How much money does {rng.choice((who.name, who.he))} have left?"
-        s.step("Left", paid, "-", cost, "dollars")
     return s
 
 
@@ -129,40 +80,11 @@ def travel(rng: Random) -> Story:
     return s
 
 
-def wages(rng: Random) -> Story:
-    """Pay per hour, hours per day, days; then a purchase or a saving."""
-    s, who = Story(), person(rng)
-    pay, hours, days = rng.randint(4, 20), rng.randint(2, 9), rng.randint(2, 7)
-    earns = rng.choice(("earns", "makes", "gets"))
-    s.facts.append(f"{who.name} {earns} ${pay} {rng.choice(('an hour', 'per hour', 'for each hour'))}.")
-    if rng.random() < 0.6:
-        s.facts.append(rng.choice((f"{who.He} works {hours} hours a day for {days} days.",
-                                   f"{who.He} works {hours} hours each day, {days} days a week.")))  # fmt: skip
-        s.step("Hours", hours, "*", days, "hours")
-    else:
-        s.facts.append(
-            f"{who.He} works {hours} hours on {DAYS[0]} and {days} hours on {rng.choice(DAYS[1:])}."
-        )
-        s.step("Hours", hours, "+", days, "hours")
-    s.step("Money", s.total, "*", pay, "dollars")
-    s.question = rng.choice(
-        (f"How much does {who.he} earn?", f"How much money does {who.name} make in total?")
-    )
-    if rng.random() < 0.45:
-        spent = rng.randint(1, max(1, min(s.total, 90)))
-        s.facts.append(f"{who.He} spends ${spent}{rng.choice((' on food', ' on a book', '', ' on rent'))}.")
-        s.question = f"How much money does {who.he} have left?"
-        s.step("Left", s.total, "-", spent, "dollars")
-    return s
-
-
 def reading(rng: Random) -> Story:
     """Pages a day: what is read, what is left, how many days it takes."""
     s, who = Story(), person(rng)
     per, days = rng.randint(3, 40), rng.randint(2, 12)
-    s.facts.append(
-        f"{who.name} reads {per} pages {rng.choice(('a day', 'every day', 'each day', 'per day'))}"
-    )
+    s.facts.append(f"{who.name} reads {per} pages {rng.choice(('a day', 'every day', 'each day', 'per day'))}")
     s.facts[-1] += rng.choice((f" for {days} days.", f". {who.He} reads for {days} days."))
     s.step("Read", per, "*", days, "pages")
     left = per * rng.randint(1, 8)
@@ -191,9 +113,7 @@ def ages(rng: Random) -> Story:
         second = s.step("Other", age, "-", k, "years")
     else:
         times = rng.randint(2, 4)
-        s.facts.append(
-            f"{who.his.capitalize()} {other} is {'twice' if times == 2 else f'{times} times'} as old."
-        )
+        s.facts.append(f"{who.his.capitalize()} {other} is {'twice' if times == 2 else f'{times} times'} as old.")
         second = s.step("Other", age, "*", times, "years")
     if rng.random() < 0.5:
         s.question = rng.choice(("How old are they together?", "What is the sum of their ages?"))
@@ -208,10 +128,19 @@ def rows(rng: Random) -> Story:
     """A grid of seats, trees or desks; some are taken, or added."""
     s = Story()
     place, row, unit = rng.choice(
-        (("theater", "row", "seats"), ("garden", "row", "trees"), ("classroom", "row", "desks"), ("bus", "row", "seats"),
-         ("parking lot", "row", "cars"), ("school", "class", "students"), ("library", "shelf", "books"),
-         ("hotel", "floor", "rooms"), ("farm", "field", "cows"), ("farm", "barn", "horses"))
-    )  # fmt: skip
+        (
+            ("theater", "row", "seats"),
+            ("garden", "row", "trees"),
+            ("classroom", "row", "desks"),
+            ("bus", "row", "seats"),
+            ("parking lot", "row", "cars"),
+            ("school", "class", "students"),
+            ("library", "shelf", "books"),
+            ("hotel", "floor", "rooms"),
+            ("farm", "field", "cows"),
+            ("farm", "barn", "horses"),
+        )
+    )
     n, each = rng.randint(2, 12), rng.randint(3, 40)
     many = {"class": "classes", "shelf": "shelves"}.get(row, row + "s")
     s.facts.append(
@@ -246,9 +175,7 @@ def bus(rng: Random) -> Story:
     """People getting on and off."""
     s, start = Story(), rng.randint(5, 60)
     vehicle = rng.choice(("bus", "train", "boat", "tram"))
-    s.facts.append(
-        rng.choice((f"There are {start} people on a {vehicle}.", f"A {vehicle} has {start} passengers."))
-    )
+    s.facts.append(rng.choice((f"There are {start} people on a {vehicle}.", f"A {vehicle} has {start} passengers.")))
     s.total = start
     for _ in range(rng.randint(2, 4)):
         at = rng.choice(("At the next stop, ", "Then ", "At a stop, ", ""))
@@ -289,52 +216,24 @@ def week(rng: Random) -> Story:
     return s
 
 
-def saving(rng: Random) -> Story:
-    """Weekly saving toward a price."""
-    s, who, what = (
-        Story(),
-        person(rng),
-        rng.choice(("bike", "game", "phone", "guitar", "watch", "toy", "jacket")),
-    )
-    per, weeks, has = rng.randint(2, 30), rng.randint(2, 12), rng.randint(5, 60)
-    span = rng.choice(("week", "month", "day"))
-    start = rng.random() < 0.5
-    if start:
-        s.facts.append(rng.choice((f"{who.name} has ${has}.", f"{who.name} already has {has} dollars.")))
-    name = who.He if start else who.name
-    s.facts.append(rng.choice((f"{name} saves ${per} a {span} for {weeks} {span}s.",
-                               f"{name} saves ${per} every {span} for {weeks} {span}s.")))  # fmt: skip
-    s.step("Saved", per, "*", weeks, "dollars")
-    if start:
-        s.step("Together", has, "+", s.total, "dollars")
-    if not start or rng.random() < 0.6:
-        price = s.total + rng.randint(1, 90)
-        s.facts.append(
-            rng.choice((f"A {what} costs ${price}.", f"{who.He} wants to buy a {what} for ${price}."))
-        )
-        s.question = rng.choice(
-            (f"How much more does {who.he} need?", f"How many more dollars does {who.he} need?")
-        )
-        s.step("Needed", price, "-", s.total, "dollars")
-    else:
-        s.question = f"How much money does {who.he} have now?"
-    return s
-
-
 def sharing(rng: Random) -> Story:
     """A total split into equal parts, then something happens to one part, or several parts are taken."""
     s, who, what, box = Story(), person(rng), noun(rng), container(rng)
     parts, each = rng.randint(2, 12), rng.randint(2, 30)
     total = parts * each
-    s.facts.append(rng.choice((f"{who.name} has {what.count(total)} and puts them equally into {box.count(parts)}.",
-                               f"{what.count(total)} are packed equally into {box.count(parts)}.",
-                               f"{who.name} divides {what.count(total)} equally into {box.count(parts)}.")))  # fmt: skip
+    s.facts.append(
+        rng.choice(
+            (
+                f"{who.name} has {what.count(total)} and puts them equally into {box.count(parts)}.",
+                f"{what.count(total)} are packed equally into {box.count(parts)}.",
+                f"{who.name} divides {what.count(total)} equally into {box.count(parts)}.",
+            )
+        )
+    )
     s.step("Each", total, "/", parts, what.many)
     taken = rng.randint(1, parts)
     if rng.random() < 0.5:
-        s.facts.append(
-            rng.choice((f"{who.name} gives away {box.count(taken)}.", f"{box.count(taken)} are sold."))
-        )
+        s.facts.append(rng.choice((f"{who.name} gives away {box.count(taken)}.", f"{box.count(taken)} are sold.")))
         s.question = f"How many {what.many} {rng.choice(('is that', 'are in those ' + box.many))}?"
         s.step("Given", taken, "*", each, what.many)
         if rng.random() < 0.4:
@@ -350,8 +249,18 @@ def sharing(rng: Random) -> Story:
 
 
 SCENES: tuple[Callable[[Random], Story], ...] = (
-    compare, shopping, travel, wages, reading, ages, rows, bus, week, saving, sharing,
-)  # fmt: skip
+    compare,
+    shopping,
+    travel,
+    wages,
+    reading,
+    ages,
+    rows,
+    bus,
+    week,
+    saving,
+    sharing,
+)
 
 
 def word_problem(rng: Random, fewest: int = 2, most: int = 4) -> Story:

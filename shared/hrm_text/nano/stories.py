@@ -1,7 +1,7 @@
 """GSM8K-style word problems of one to four steps, composed from small parts.
 
-A story is its text (facts, then a question), the worked steps (each a label and one `a op b = c`), and the answer.
-Labels are few and fixed: the free part of a reasoned answer is the numbers.
+A story is its text (facts, then a question), the worked steps (each a label and one `a op b = c`), and the
+answer. Labels are few and fixed: the free part of a reasoned answer is the numbers.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ class Story:
     total: int = 0
 
     def step(self, label: str, left: int, op: str, right: int, unit: str = "") -> int:
-        """Appends `label: left op right = value unit.` and returns the value, which must be a whole number >= 0."""
+        """Appends `label: left op right = value unit.` and returns the value, a whole number >= 0."""
         value = apply(op, left, right)
         self.steps.append(f"{label}: {left} {op} {right} = {value}{' ' + unit if unit else ''}.")
         self.total = value
@@ -78,9 +78,7 @@ def ledger_start(rng: Random, s: Story, who: words.Person, what: Noun, box: Noun
         s.total = size(rng)
         n = what.count(s.total)
         s.facts.append(
-            rng.choice(
-                (f"{name} has {n}.", f"{name} had {n}.", f"{name} buys {n}.", f"{name} starts with {n}.")
-            )
+            rng.choice((f"{name} has {n}.", f"{name} had {n}.", f"{name} buys {n}.", f"{name} starts with {n}."))
         )
     elif form < 0.75:
         groups, each = rng.randint(2, 12), rng.randint(2, rng.choice((10, 10, 25)))
@@ -130,69 +128,71 @@ def ledger_event(rng: Random, s: Story, who: words.Person, what: Noun, box: Noun
     other, friend = rng.choice(PEOPLE), person(rng).name
     form = rng.random()
     if form < 0.3:
-        k = rng.randint(1, rng.choice((9, 20, 50)))
-        n = rng.choice((f"{k} more", f"{what.count(k)}", f"{k} more {what.many}"))
-        verb = rng.choice(("buys", "gets", "finds", "receives", "collects", "bought", "adds"))
-        giver = rng.choice((friend, f"{who.his.capitalize()} {other}"))
-        s.facts.append(rng.choice((f"{subject} {verb} {n}.", f"{giver} gives {who.him} {n}.")))
-        s.step("Then", s.total, "+", k, what.many)
+        gain(rng, s, subject, who, what, rng.randint(1, rng.choice((9, 20, 50))), (friend, other))
     elif form < 0.65:
-        k = rng.randint(1, max(1, min(s.total, rng.choice((9, 20, 50)))))
-        n = rng.choice((f"{k}", what.count(k), f"{k} of them", f"{k} of the {what.many}"))
-        verbs = [
-            "gives away",
-            "loses",
-            "sells",
-            "uses",
-            "gave away",
-            "throws away",
-            "lost",
-            "sold",
-            "donates",
-        ]
-        verbs += ["eats", "ate", "eats"] if what.food else ["breaks"]
-        to = rng.choice((friend, f"{who.his} {other}", "a friend"))
-        s.facts.append(rng.choice((f"{subject} {rng.choice(verbs)} {n}.", f"{subject} gives {n} to {to}.")))
-        s.step("Then", s.total, "-", k, what.many)
+        lose(rng, s, subject, who, what, (friend, other))
     elif form < 0.78:
-        groups, each = rng.randint(2, 8), rng.randint(2, 12)
-        s.facts.append(
-            rng.choice(
-                (
-                    f"{subject} buys {groups} more {box.many} with {what.count(each)} each.",
-                    f"{subject} gets {groups} {box.many} of {each} {what.many}.",
-                    f"{subject} finds {box.count(groups)} with {each} more {what.many} in each.",
-                )
-            )
-        )
-        start = s.total
-        s.step("New", groups, "*", each, what.many)
-        s.step("Then", start, "+", groups * each, what.many)
+        gain_groups(rng, s, subject, what, box)
     elif form < 0.9:
-        groups, each = rng.randint(2, 8), rng.randint(1, 6)
-        s.facts.append(
-            rng.choice(
-                (
-                    f"{subject} gives {each} to each of {who.his} {groups} friends.",
-                    f"{subject} gives {groups} friends {what.count(each)} each.",
-                    f"{subject} gives away {what.count(each)} a day for {groups} days.",
-                )
-            )
-        )
-        start = s.total
-        s.step("Given", groups, "*", each, what.many)
-        s.step("Then", start, "-", groups * each, what.many)
+        lose_groups(rng, s, subject, who, what)
     else:
-        s.facts.append(
-            rng.choice(
-                (
-                    f"{subject} gives half of them to {friend}.",
-                    f"{subject} gives away half of the {what.many}.",
-                    f"{subject} sells half of {who.his} {what.many}.",
-                )
+        gone = rng.choice(
+            (
+                f"gives half of them to {friend}",
+                f"gives away half of the {what.many}",
+                f"sells half of {who.his} {what.many}",
             )
         )
+        s.facts.append(f"{subject} {gone}.")
         s.step("Then", s.total, "/", 2, what.many)
+
+
+def gain(rng: Random, s: Story, subject: str, who: words.Person, what: Noun, k: int, givers: tuple[str, str]) -> None:
+    n = rng.choice((f"{k} more", what.count(k), f"{k} more {what.many}"))
+    verb = rng.choice(("buys", "gets", "finds", "receives", "collects", "bought", "adds"))
+    giver = rng.choice((givers[0], f"{who.his.capitalize()} {givers[1]}"))
+    s.facts.append(rng.choice((f"{subject} {verb} {n}.", f"{giver} gives {who.him} {n}.")))
+    s.step("Then", s.total, "+", k, what.many)
+
+
+def lose(rng: Random, s: Story, subject: str, who: words.Person, what: Noun, takers: tuple[str, str]) -> None:
+    k = rng.randint(1, max(1, min(s.total, rng.choice((9, 20, 50)))))
+    n = rng.choice((f"{k}", what.count(k), f"{k} of them", f"{k} of the {what.many}"))
+    verbs = "gives away/loses/sells/uses/gave away/throws away/lost/sold/donates".split("/")
+    verbs += ["eats", "ate", "eats"] if what.food else ["breaks"]
+    to = rng.choice((takers[0], f"{who.his} {takers[1]}", "a friend"))
+    s.facts.append(rng.choice((f"{subject} {rng.choice(verbs)} {n}.", f"{subject} gives {n} to {to}.")))
+    s.step("Then", s.total, "-", k, what.many)
+
+
+def gain_groups(rng: Random, s: Story, subject: str, what: Noun, box: Noun) -> None:
+    groups, each, start = rng.randint(2, 8), rng.randint(2, 12), s.total
+    s.facts.append(
+        rng.choice(
+            (
+                f"{subject} buys {groups} more {box.many} with {what.count(each)} each.",
+                f"{subject} gets {groups} {box.many} of {each} {what.many}.",
+                f"{subject} finds {box.count(groups)} with {each} more {what.many} in each.",
+            )
+        )
+    )
+    s.step("New", groups, "*", each, what.many)
+    s.step("Then", start, "+", groups * each, what.many)
+
+
+def lose_groups(rng: Random, s: Story, subject: str, who: words.Person, what: Noun) -> None:
+    groups, each, start = rng.randint(2, 8), rng.randint(1, 6), s.total
+    s.facts.append(
+        rng.choice(
+            (
+                f"{subject} gives {each} to each of {who.his} {groups} friends.",
+                f"{subject} gives {groups} friends {what.count(each)} each.",
+                f"{subject} gives away {what.count(each)} a day for {groups} days.",
+            )
+        )
+    )
+    s.step("Given", groups, "*", each, what.many)
+    s.step("Then", start, "-", groups * each, what.many)
 
 
 def ledger_end(rng: Random, s: Story, who: words.Person, what: Noun) -> None:
@@ -241,8 +241,6 @@ def ledger_end(rng: Random, s: Story, who: words.Person, what: Noun) -> None:
         s.step("Each", s.total, "/", friends, what.many)
     else:
         price = rng.randint(2, 9)
-        s.facts.append(
-            rng.choice((f"{who.He} sells the rest for ${price} each.", f"Each one is sold for ${price}."))
-        )
+        s.facts.append(rng.choice((f"{who.He} sells the rest for ${price} each.", f"Each one is sold for ${price}.")))
         s.question = rng.choice((f"How much money does {name} make?", f"How many dollars does {name} get?"))
         s.step("Money", s.total, "*", price, "dollars")

@@ -70,9 +70,7 @@ def save_tokenizer(tokenizer: Tokenizer, folder: Path, max_length: int = 1024) -
     ).save_pretrained(folder)
     # transformers 5 writes its own class name, which other readers of the folder don't know.
     path = folder / "tokenizer_config.json"
-    path.write_text(
-        json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2)
-    )
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "PreTrainedTokenizerFast"}, indent=2))
 
 
 def main() -> None:

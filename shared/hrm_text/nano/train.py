@@ -1,9 +1,10 @@
 """Trains the demo checkpoint from scratch within a wall-clock budget.
 
-    PYTHONPATH=shared python -m hrm_text.nano.train OUT --minutes 8
+    PYTHONPATH=shared python -m hrm_text.nano.train OUT
 
-The recipe is the paper's in small: PrefixLM rows, loss on responses only, AdamW, backprop through the last recurrence
-steps only (two at first, five from a fifth of the training on), and an average of the weights, which is what is saved.
+The recipe is the paper's in small: PrefixLM rows, loss on responses only, AdamW, backprop through the last
+recurrence steps only (two at first, five from a fifth of the training on), and an average of the weights, which
+is what is saved.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import copy
 import json
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -38,8 +40,8 @@ class Recipe:
     clip: float = 1.0
     seed: int = 1
     workers: int = 12
-    # Inner steps with gradient in the last H cycle, and the share of training at which each begins. The two H steps
-    # always have theirs, so 0 means two steps of backprop and 3 means five.
+    # Share of training, and inner steps with gradient in the last H cycle from there on. The two H steps always
+    # have theirs, so 0 means two steps of backprop and 3 means five.
     backprop: tuple[tuple[float, int], ...] = ((0.0, 0), (0.067, 1), (0.133, 2), (0.2, 3))
 
 
@@ -77,7 +79,7 @@ def learning_rate(recipe: Recipe, progress: float) -> float:
 
 
 def compile_stacks(model: HrmTextForCausalLM) -> None:
-    """Compiles the two stacks. The cycle offset only numbers cache slots, and would ask for a graph a step."""
+    """Compiles the stacks. The cycle offset only numbers cache slots, and would ask for a graph a step."""
     for stack in (model.model.L_module, model.model.H_module):
         compiled = torch.compile(stack.forward, dynamic=False)
 
@@ -88,7 +90,7 @@ def compile_stacks(model: HrmTextForCausalLM) -> None:
 
 
 def response_loss(model: HrmTextForCausalLM, batch: Batch) -> torch.Tensor:
-    """Weighted mean cross-entropy of the response tokens; the residual stream is bf16, as it is when served."""
+    """Weighted mean cross-entropy of response tokens; the residual stream is bf16, as it is when served."""
     device = batch.ids.device
     allowed = prefix_mask(batch.documents, batch.spans)
     mask = torch.zeros(allowed.shape, dtype=torch.bfloat16, device=device).masked_fill_(~allowed, -torch.inf)
@@ -117,93 +119,109 @@ def optimizer_for(model: nn.Module, recipe: Recipe, fused: bool) -> torch.optim.
     return torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), fused=fused)
 
 
-def save(
-    folder: Path, model: HrmTextForCausalLM, averaged: list[torch.Tensor], log: dict[str, object]
-) -> None:
-    """Writes the averaged weights in bf16 under the published checkpoint's tensor names, and the training log."""
+def save(folder: Path, model: HrmTextForCausalLM, averaged: list[torch.Tensor], log: dict[str, object]) -> None:
+    """Writes the averaged weights in bf16 under the published checkpoint's tensor names, and the log."""
     copied = HrmTextForCausalLM(copy.deepcopy(model.config))
     for target, source in zip(copied.parameters(), averaged, strict=True):
         target.data.copy_(source)
-    copied.generation_config = GenerationConfig(
-        bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False
-    )
+    copied.generation_config = GenerationConfig(bos_token_id=BOS, eos_token_id=EOS, pad_token_id=PAD, do_sample=False)
     copied.bfloat16().save_pretrained(folder)
     (folder / "training.json").write_text(json.dumps(log, indent=2) + "\n")
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    return Batch(*(t.to(device, non_blocking=True) for t in batch))
+def batches_for(tokenizer: Tokenizer, recipe: Recipe, device: torch.device) -> Iterator[Batch]:
+    rows = PackedRows(tokenizer.to_str(), recipe.seed, recipe.rows, recipe.length)
+    loader = torch.utils.data.DataLoader(
+        rows,
+        batch_size=None,
+        num_workers=recipe.workers,
+        prefetch_factor=4,
+        pin_memory=device.type == "cuda",
+    )
+    for batch in loader:
+        yield Batch(*(t.to(device, non_blocking=True) for t in batch))
+
+
+def inner_steps(recipe: Recipe, progress: float) -> int:
+    """L steps of the last H cycle that get a gradient at this point of the training."""
+    return [steps for begins, steps in recipe.backprop if begins <= progress][-1]
+
+
+class Training:
+    """The model in training, its optimiser, and the running average of its weights."""
+
+    def __init__(self, recipe: Recipe, config: HrmTextConfig, device: torch.device) -> None:
+        torch.manual_seed(recipe.seed)
+        torch.set_float32_matmul_precision("high")
+        on_gpu = device.type == "cuda"
+        model = HrmTextForCausalLM._from_config(config, attn_implementation="sdpa")
+        self.recipe, self.model = recipe, model.float().to(device).train()
+        self.optimizer = optimizer_for(self.model, recipe, fused=on_gpu)
+        self.parameters = list(self.model.parameters())
+        self.averaged = [p.detach().clone() for p in self.parameters]
+        self.steps = self.tokens = 0
+        if on_gpu:
+            torch.backends.cuda.enable_cudnn_sdp(False)  # the memory-efficient kernel takes the mask as it is
+            compile_stacks(self.model)
+
+    def warm_up(self, batch: Batch) -> None:
+        """Compiles every graph: the configuration routes gradients through all five steps."""
+        response_loss(self.model, batch).backward()
+        self.optimizer.zero_grad()
+
+    def update(self, batch: Batch, progress: float) -> torch.Tensor:
+        """One optimiser step; returns the loss, still on the device."""
+        self.model.model.L_bp_cycles_padded = [0, inner_steps(self.recipe, progress)]
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.recipe, progress)
+        loss = response_loss(self.model, batch)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, self.recipe.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        decay = min(self.recipe.ema, (1 + self.steps) / (10 + self.steps))
+        with torch.no_grad():
+            torch._foreach_lerp_(self.averaged, self.parameters, 1 - decay)
+        self.steps, self.tokens = self.steps + 1, self.tokens + batch.ids.numel()
+        return loss.detach()
 
 
 def train(out: Path, tokenizer: Tokenizer, recipe: Recipe, device: torch.device) -> None:
     started = time.monotonic()
-    on_gpu = device.type == "cuda"
-    torch.manual_seed(recipe.seed)
-    torch.set_float32_matmul_precision("high")
-    config = nano_config(tokenizer.get_vocab_size())
-    model = HrmTextForCausalLM._from_config(config, attn_implementation="sdpa").float().to(device).train()
-    rows = PackedRows(tokenizer.to_str(), recipe.seed, recipe.rows, recipe.length)
-    loader = torch.utils.data.DataLoader(
-        rows, batch_size=None, num_workers=recipe.workers, prefetch_factor=4, pin_memory=on_gpu
-    )
-    batches = iter(loader)
-    optimizer = optimizer_for(model, recipe, fused=on_gpu)
-    parameters = list(model.parameters())
-    averaged = [p.detach().clone() for p in parameters]
-    if on_gpu:
-        torch.backends.cuda.enable_cudnn_sdp(False)  # the memory-efficient kernel takes the mask as it is
-        compile_stacks(model)
-    response_loss(
-        model, to_device(next(batches), device)
-    ).backward()  # compiles every graph before the clock starts
-    optimizer.zero_grad()
-
-    log: dict[str, object] = {"recipe": asdict(recipe), "parameters": sum(p.numel() for p in parameters)}
-    losses: list[dict[str, float]] = []
+    run = Training(recipe, nano_config(tokenizer.get_vocab_size()), device)
+    batches = batches_for(tokenizer, recipe, device)
+    run.warm_up(next(batches))
     start, finish = time.monotonic(), started + 60 * recipe.minutes
-    step, tokens, saved_at = 0, 0, start
+    saved_at, losses = start, []
+    log: dict[str, object] = {"recipe": asdict(recipe), "parameters": sum(p.numel() for p in run.parameters)}
     print(f"{log['parameters']:,} parameters, ready after {start - started:.0f} s", flush=True)
     while (now := time.monotonic()) < finish:
         progress = (now - start) / (finish - start)
-        inner = [steps for begins, steps in recipe.backprop if begins <= progress][-1]
-        model.model.L_bp_cycles_padded = [0, inner]
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(recipe, progress)
-        batch = to_device(next(batches), device)
-        loss = response_loss(model, batch)
-        loss.backward()
-        norm = nn.utils.clip_grad_norm_(parameters, recipe.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        with torch.no_grad():
-            torch._foreach_lerp_(averaged, parameters, 1 - min(recipe.ema, (1 + step) / (10 + step)))
-        step, tokens = step + 1, tokens + batch.ids.numel()
-        if step % 50 == 0:
-            losses.append({"step": step, "loss": round(loss.item(), 4)})
-            rate = tokens / (time.monotonic() - start)
-            print(f"{step} loss {loss.item():.4f} norm {norm.item():.2f} steps of backprop {inner + 2} "
-                  f"progress {progress:.3f} {rate:,.0f} tokens/s", flush=True)  # fmt: skip
-        log |= {"steps": step, "tokens": tokens, "seconds": round(now - started), "loss": losses}
+        loss = run.update(next(batches), progress)
+        seconds = time.monotonic() - start
+        if run.steps % 50 == 0:
+            losses.append({"step": run.steps, "loss": round(loss.item(), 4)})
+            backprop = inner_steps(recipe, progress) + 2
+            rate = f"{run.tokens / seconds:,.0f} tokens/s"
+            print(f"{progress:.3f} step {run.steps} loss {loss:.4f} backprop {backprop} {rate}", flush=True)
+        log |= {"steps": run.steps, "tokens": run.tokens, "seconds": round(seconds), "loss": losses}
         if now - saved_at > 120:
-            save(out, model, averaged, log)
+            save(out, run.model, run.averaged, log)
             saved_at = now
-    log["tokens_per_second"] = round(tokens / (time.monotonic() - start))
-    if on_gpu:
+    log["tokens_per_second"] = round(run.tokens / (time.monotonic() - start))
+    if device.type == "cuda":
         log["gpu"] = torch.cuda.get_device_name()
         log["gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
     print({k: v for k, v in log.items() if k != "loss"}, flush=True)
-    save(out, model, averaged, log)
+    save(out, run.model, run.averaged, log)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path, help="checkpoint folder to write")
     parser.add_argument("--minutes", type=float, default=Recipe.minutes)
     parser.add_argument("--rows", type=int, default=Recipe.rows)
     parser.add_argument("--workers", type=int, default=Recipe.workers)
-    parser.add_argument("--learning-rate", type=float, default=Recipe.learning_rate)
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     tokenizer = train_tokenizer()

@@ -5,41 +5,43 @@ from dataclasses import dataclass
 from random import Random
 
 GIRLS = (
-    "Anna Maria Lisa Sara Emma Olivia Mia Sophie Julia Nina Clara Ella Lucy Grace Zoe Alice Ruby Ivy Hannah Leah "
-    "Amy Kate Jane Mary Susan Linda Priya Aisha Mei Yuki Fatima Elena Rosa Carla Diana Eva Nora Molly Betty Natalia"
+    "Anna Maria Lisa Sara Emma Olivia Mia Sophie Julia Nina Clara Ella Lucy Grace Zoe Alice Ruby Ivy "
+    "Hannah Leah Amy Kate Jane Mary Susan Linda Priya Aisha Mei Yuki Fatima Elena Rosa Carla Diana Eva "
+    "Nora Molly Betty Natalia"
 ).split()
 BOYS = (
-    "Tom Ben Sam Max Leo Jack Noah Liam Lucas Oscar Peter Paul John James David Daniel Mark Adam Eric Henry "
-    "George Frank Tim Joe Bob Bill Alex Ali Omar Ravi Kenji Wei Carlos Diego Marco Ivan Hugo Felix Simon Weng"
+    "Tom Ben Sam Max Leo Jack Noah Liam Lucas Oscar Peter Paul John James David Daniel Mark Adam Eric "
+    "Henry George Frank Tim Joe Bob Bill Alex Ali Omar Ravi Kenji Wei Carlos Diego Marco Ivan Hugo Felix "
+    "Simon Weng"
 ).split()
-PEOPLE = "friend brother sister mother father uncle aunt neighbor cousin teacher grandmother grandfather mom dad".split()
+PEOPLE = (
+    "friend brother sister mother father uncle aunt neighbor cousin teacher grandmother grandfather mom dad"
+).split()
 FOODS = (
-    "apple orange banana pear peach plum lemon mango cookie candy cupcake muffin donut sandwich egg carrot tomato "
-    "potato strawberry cherry grape chocolate pancake pretzel lollipop cracker nut olive melon brownie"
+    "apple orange banana pear peach plum lemon mango cookie candy cupcake muffin donut sandwich egg "
+    "carrot tomato potato strawberry cherry grape chocolate pancake pretzel lollipop cracker nut olive "
+    "melon brownie"
 ).split()
 THINGS = (
-    "pencil pen book marble sticker card coin stamp toy ball button bead shell flower balloon crayon ribbon ticket "
-    "notebook eraser block doll postcard key rock feather badge poster magazine shirt hat candle cup plate brick"
+    "pencil pen book marble sticker card coin stamp toy ball button bead shell flower balloon crayon "
+    "ribbon ticket notebook eraser block doll postcard key rock feather badge poster magazine shirt hat "
+    "candle cup plate brick"
 ).split()
-CONTAINERS = (
-    "box bag basket jar pack crate tray carton drawer bucket packet case bin tin shelf bowl sack".split()
-)
-JOBS = (
-    "teacher doctor baker farmer pilot nurse painter singer driver lawyer chef writer dentist plumber".split()
-)
+CONTAINERS = ("box bag basket jar pack crate tray carton drawer bucket packet case bin tin shelf bowl sack").split()
+JOBS = ("teacher doctor baker farmer pilot nurse painter singer driver lawyer chef writer dentist plumber").split()
 CITIES = (
-    "London Paris Berlin Madrid Rome Vienna Oslo Tokyo Cairo Lima Boston Chicago Dublin Prague Athens Lisbon "
-    "Sydney Toronto Delhi Seoul Moscow Warsaw Geneva Milan Dallas Denver Austin Seattle"
+    "London Paris Berlin Madrid Rome Vienna Oslo Tokyo Cairo Lima Boston Chicago Dublin Prague Athens "
+    "Lisbon Sydney Toronto Delhi Seoul Moscow Warsaw Geneva Milan Dallas Denver Austin Seattle"
 ).split()
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday".split()
 MONTHS = "January February March April May June July August September October November December".split()
 COLOURS = "red blue green yellow orange purple pink brown black white gray".split()
-ANIMALS = "dog cat horse cow pig sheep goat rabbit lion tiger bear wolf fox mouse elephant monkey zebra deer".split()
-HOBBIES = (
-    "chess tennis football swimming painting dancing cooking reading fishing hiking singing cycling".split()
-)
+ANIMALS = ("dog cat horse cow pig sheep goat rabbit lion tiger bear wolf fox mouse elephant monkey zebra deer").split()
+HOBBIES = ("chess tennis football swimming painting dancing cooking reading fishing hiking singing cycling").split()
 NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
-SYLLABLES = "ba be bo da do fa fi ga go ka ki ko la le lo ma mi mo na ne no pa po ra ri ro sa so ta to va vi za zo".split()
+SYLLABLES = (
+    "ba be bo da do fa fi ga go ka ki ko la le lo ma mi mo na ne no pa po ra ri ro sa so ta to va vi za zo"
+).split()
 
 
 @dataclass(frozen=True)
@@ -81,9 +83,7 @@ def plural(word: str) -> str:
 
 def invented(rng: Random) -> str:
     """A word nobody has: stories with these teach copying, so a reader's own names and things work."""
-    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))) + rng.choice(
-        ("", "n", "r", "l", "t")
-    )
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))) + rng.choice(("", "n", "r", "l", "t"))
 
 
 def person(rng: Random) -> Person:
