@@ -47,6 +47,9 @@ def _builder(base: Any) -> Any:
         ) -> Any:
             batch = _split_step(row_spans, common_attn_metadata)
             if batch is None:
+                if common_attn_metadata.max_query_len <= 1:
+                    # The same result for single queries, and FA3's faster kernel: 6% of a batch-1 step.
+                    common_attn_metadata = common_attn_metadata.replace(causal=False)
                 return super().build(common_prefix_len, common_attn_metadata, fast_build)
             several = (batch.ends - batch.starts) > 1
             causal_part = several & ~batch.bidirectional

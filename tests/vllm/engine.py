@@ -4,6 +4,7 @@ One engine a process: vLLM keeps process-wide state, and a negative control has 
 before the engine starts without touching anyone else's.
 """
 
+import contextlib
 import multiprocessing as mp
 import os
 import traceback
@@ -102,10 +103,8 @@ class Engine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
+        with contextlib.suppress(OSError):
             self._pipe.send(("stop", None))
-        except OSError:
-            pass
         self._process.join(20)
         if self._process.is_alive():
             self._process.kill()
