@@ -4,7 +4,7 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.chat_utils import ChatTemplateResolutionError, parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.params import ChatParams
@@ -64,7 +64,7 @@ class HrmTextRenderer(HfRenderer):
         if media:
             raise VLLMValidationError("messages: HRM-Text takes text only", parameter="messages")
         if self._encoder is None:
-            raise VLLMValidationError("messages: a chat needs a tokenizer, and this server runs without one")
+            raise ChatTemplateResolutionError("messages: a chat needs a tokenizer, and this engine runs without one")
         condition = options.get("condition", DEFAULT_CONDITION)
         if not isinstance(condition, str):
             raise VLLMValidationError(

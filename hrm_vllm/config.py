@@ -1,8 +1,10 @@
 """Engine configuration for HRM-Text: what vLLM has to be told before it resolves anything."""
 
 import os
+from shutil import which
 from typing import Any
 
+from vllm import envs
 from vllm.config import ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
@@ -78,6 +80,10 @@ def _raw_config(model_config: ModelConfig) -> dict[str, Any]:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    if vllm_config.model_config.runner_type != "generate":
+        raise ValueError(f"HRM-Text: --runner {vllm_config.model_config.runner_type} is not supported, only generate")
+    if envs.VLLM_USE_RUST_FRONTEND:
+        raise ValueError("HRM-Text: VLLM_USE_RUST_FRONTEND=1 is not supported: it does not check a request's spans")
     if vllm_config.kv_transfer_config is not None:
         raise ValueError(
             "HRM-Text: KV transfer and offloading (kv_transfer_config, kv_offloading_size) are not supported: "
@@ -133,8 +139,6 @@ def _set_attention_backend(vllm_config: VllmConfig) -> None:
 
 def _keep_eager_on_cpu(vllm_config: VllmConfig) -> None:
     """No torch.compile on a CPU without a C++ compiler: inductor would fail at the first request."""
-    from shutil import which
-
     if not current_platform.is_cpu() or vllm_config.model_config.enforce_eager:
         return
     if not any(which(name) for name in (os.environ.get("CXX", "g++"), "g++", "clang++")):

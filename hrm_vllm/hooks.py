@@ -4,6 +4,7 @@ import functools
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 _MARK = "_hrm_vllm_hook"
@@ -34,6 +35,26 @@ class Hook:
     name: str
     install: Callable[[], None]
     holds: Callable[[], bool]
+
+
+def expect(name: str, file: str, passage: str, times: int = 1) -> Hook:
+    """A hook that configuration attaches later, and that rests on what `file` of vLLM's says.
+
+    The source is read, not imported: a runner's modules have no business in every process.
+
+    Args:
+        name: as reported.
+        file: path below the `vllm` package.
+        passage: what it must contain, `times` times.
+    """
+
+    def holds() -> bool:
+        import vllm
+
+        source = Path(vllm.__file__).parent / file
+        return source.is_file() and source.read_text().count(passage) == times
+
+    return Hook(name, lambda: None, holds)
 
 
 def wrap(name: str, target: str, make: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Hook:

@@ -4,7 +4,7 @@ from vllm.logger import init_logger
 
 from hrm_vllm import ARCHITECTURE, compat
 from hrm_vllm.config import HrmTextConfigHook
-from hrm_vllm.hooks import Hook, HookError, wrap
+from hrm_vllm.hooks import Hook, HookError, expect, wrap
 
 logger = init_logger("vllm.hrm_vllm")
 
@@ -62,6 +62,11 @@ def all_hooks() -> list[Hook]:
         wrap("model names offline", "vllm.engine.arg_utils:get_model_path", model_names.resolving_path),
         wrap("request spans", "vllm.v1.engine.input_processor:InputProcessor.process_inputs", requests.with_spans),
         wrap(
+            "no beam search",
+            "vllm.v1.engine.input_processor:InputProcessor.resolve_watermarking",
+            requests.refusing_beams,
+        ),
+        wrap(
             "prefix cache keys",
             "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
             prefix_cache.with_span_keys,
@@ -76,6 +81,14 @@ def all_hooks() -> list[Hook]:
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
             runner_v1.with_step_spans,
         ),
+        expect("model runner V2", "v1/worker/gpu/model_states/__init__.py", "return model.get_model_state_cls()"),
+        expect(
+            "model runner V2 metadata",
+            "v1/worker/gpu/attn_utils.py",
+            "model_specific_attn_metadata.get_extra_attn_kwargs(",
+        ),
+        # Called in both scheduling loops.
+        expect("span-aligned scheduler", "v1/core/sched/scheduler.py", "self._reserve_prefill_lookahead(", times=2),
     ]
 
 
@@ -89,5 +102,5 @@ def install() -> None:
     for hook in all_hooks():
         hook.install()
         if not hook.holds():
-            raise HookError(hook.name, "it was installed and is not there")
+            raise HookError(hook.name, "what it rests on is not there")
     logger.debug("hrm_vllm: all hooks hold")

@@ -1,10 +1,13 @@
 """Admission: every request gets its spans, or a 400 that names the fault."""
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
+from vllm.sampling_params import BeamSearchParams
 
 from hrm_text.spans import (
     LOGPROBS_OPTION,
@@ -40,7 +43,9 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
             raise VLLMValidationError(
                 "HRM-Text does not take streaming input: a span must be known whole", parameter="resumable"
             )
-        params = request.sampling_params
+        # Several prompts may share one object; what is written below belongs to this one.
+        params = request.sampling_params = copy.copy(request.sampling_params)
+        _check_seed(params)
         options = params.extra_args or {}
         try:
             spans = request_spans(request.prompt_token_ids, options, rule)
@@ -56,6 +61,37 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return process_inputs
+
+
+def refusing_beams(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `InputProcessor.resolve_watermarking`, the first call of both beam searches (vLLM 0.32.0).
+
+    Beam search sends each beam as a new prompt, generated tokens and all, so spans that reach the end
+    of the prompt would take them in.
+    """
+
+    def resolve_watermarking(self: Any, params: Any) -> Any:
+        if isinstance(params, BeamSearchParams) and rule_of(self.model_config) is not None:
+            raise VLLMValidationError(
+                "use_beam_search: is not supported for HRM-Text, because vLLM turns generated tokens into prompt "
+                "tokens there; use n with a temperature",
+                parameter="use_beam_search",
+            )
+        return original(self, params)
+
+    return resolve_watermarking
+
+
+def _check_seed(params: Any) -> None:
+    if current_platform.is_cpu() and params.seed is not None and params.temperature > 0:
+        # Its V1 runner rewinds the generator of a request whose prompt is chunked, which a CPU generator
+        # cannot do; the engine would stop for everyone.
+        raise VLLMValidationError(
+            f"seed: {params.seed} with temperature {params.temperature} is not supported by vLLM's CPU runner; "
+            "leave seed out or set temperature to 0",
+            parameter="seed",
+            value=params.seed,
+        )
 
 
 def span_limit(vllm_config: Any) -> int:

@@ -7,7 +7,7 @@ from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
-from hrm_text.spans import chunk_end
+from hrm_text.spans import SPANS_OPTION, chunk_end
 from hrm_vllm.prefix_cache import _spans_and_digests
 
 
@@ -22,6 +22,14 @@ def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
         that are longer than it.
         """
 
+        def add_request(self, request: Request) -> None:
+            options = request.sampling_params.extra_args if request.sampling_params else None
+            if SPANS_OPTION not in (options or {}):
+                raise RuntimeError(
+                    f"hrm_vllm: request {request.request_id} came without its spans; the admission hook was bypassed"
+                )
+            super().add_request(request)
+
         def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
             num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
             spans, _ = _spans_and_digests(request)
@@ -33,14 +41,6 @@ def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
 
 
 def make_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Scheduler:
-    """`scheduler_cls` factory: keeps vLLM's choice between the sync and the async scheduler.
-
-    Raises:
-        hrm_vllm.hooks.HookError: vLLM's scheduler no longer calls the method this one overrides.
-    """
+    """`scheduler_cls` factory: keeps vLLM's choice between the sync and the async scheduler."""
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    if not hasattr(base, "_reserve_prefill_lookahead"):
-        from hrm_vllm.hooks import HookError
-
-        raise HookError("scheduler", f"{base.__name__}._reserve_prefill_lookahead does not exist")
     return _span_aligned(base)(*args, vllm_config=vllm_config, **kwargs)

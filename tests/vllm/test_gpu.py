@@ -61,7 +61,7 @@ OURS: dict[str, dict[str, Any]] = {
 OTHERS: dict[str, dict[str, Any]] = {
     "in-tree float32": TRITON | IN_TREE,
     "in-tree bf16": FLASH | IN_TREE,
-    "spans ignored": FLASH | {"sabotage": "causal_everywhere", "max_num_batched_tokens": 256},
+    "spans ignored": TRITON | {"sabotage": "causal_everywhere", "max_num_batched_tokens": 256},
 }
 
 
@@ -182,4 +182,4 @@ def test_a_wrong_mask_would_show(
     (answers,) = engines["spans ignored"].ask([ask])
     worst = deviation(gpu_reference, ask, answers)
     print(f"\nspans ignored: worst {worst:.2e}")
-    assert worst > 3 * yardsticks["bf16"].largest
+    assert worst > 3 * yardsticks["float32"].largest
