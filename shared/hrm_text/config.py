@@ -24,6 +24,8 @@ _REQUIRED = (
     "num_attention_heads",
     "vocab_size",
 )
+# Absent, they are what the class of transformers has.
+_OPTIONAL = {"head_dim": 128, "max_position_embeddings": 2048}
 
 
 @dataclass(frozen=True)
@@ -56,24 +58,28 @@ def read_config(raw: Mapping[str, Any]) -> HrmTextShape:
     for field in _REQUIRED:
         if raw.get(field) is None:
             raise ConfigError(field, None, "the field is missing")
-        if not isinstance(raw[field], int) or isinstance(raw[field], bool) or raw[field] < 1:
-            raise ConfigError(field, raw[field], "it must be a positive integer")
+    for field in (*_REQUIRED, *_OPTIONAL, "num_layers_per_stack"):
+        size = raw.get(field)
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise ConfigError(field, size, "it must be a positive integer")
     plan = _read_plan(raw)
     heads = raw["num_attention_heads"]
     _refuse_unsupported(raw, heads)
-    initializer_range = raw.get("initializer_range") or 0.02
+    embedding_scale = raw.get("embedding_scale")
+    if embedding_scale is None:
+        embedding_scale = 1.0 / (raw.get("initializer_range") or 0.02)
     rope = _rope_parameters(raw)
     return HrmTextShape(
         plan=plan,
         hidden_size=raw["hidden_size"],
         intermediate_size=raw["intermediate_size"],
         num_heads=heads,
-        head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+        head_dim=raw.get("head_dim") or _OPTIONAL["head_dim"],
         vocab_size=raw["vocab_size"],
-        max_positions=raw.get("max_position_embeddings") or 2048,
+        max_positions=raw.get("max_position_embeddings") or _OPTIONAL["max_position_embeddings"],
         rope_theta=float(rope.get("rope_theta", 10000.0)),
         rms_norm_eps=float(raw.get("rms_norm_eps", 1e-6)),
-        embedding_scale=float(raw.get("embedding_scale") or 1.0 / initializer_range),
+        embedding_scale=float(embedding_scale),
         tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
         prefix_lm=bool(raw.get("prefix_lm", True)),
     )
@@ -117,5 +123,5 @@ def _refuse_unsupported(raw: Mapping[str, Any], heads: int) -> None:
     for field in ("attention_bias", "mlp_bias"):
         if raw.get(field):
             raise ConfigError(field, raw[field], "HRM-Text's projections have no bias")
-    if raw.get("head_dim") is None and raw["hidden_size"] % heads:
+    if raw["hidden_size"] % heads:
         raise ConfigError("hidden_size", raw["hidden_size"], f"it must be a multiple of num_attention_heads={heads}")

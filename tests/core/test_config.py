@@ -13,7 +13,7 @@ from tests.conftest import TINY
 
 # The legacy form: the depth is that of one stack.
 RAW: dict[str, Any] = TINY | {"num_key_value_heads": 2, "hidden_act": "silu", "attention_bias": False}
-ABSENT = object()
+ABSENT = "absent"
 
 
 def raw_with(**changes: Any) -> dict[str, Any]:
@@ -33,13 +33,14 @@ def test_both_forms_of_the_depth_mean_the_same() -> None:
     [
         {},
         {"embedding_scale": 3.5},
+        {"embedding_scale": 0.0},
         {"initializer_range": 0.025},
         {"tie_word_embeddings": True, "prefix_lm": False},
         {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
         {"rope_theta": 2e4},
         {"rms_norm_eps": 1e-5, "H_cycles": 3, "L_cycles": 1},
         {"head_dim": 16},
-        {"head_dim": ABSENT},
+        {"head_dim": ABSENT},  # 128, whatever hidden_size / num_attention_heads is.
         {"max_position_embeddings": ABSENT},
         {"initializer_range": ABSENT},
     ],
@@ -67,7 +68,7 @@ def test_every_field_is_as_transformers_reads_it(changes: dict[str, Any], tmp_pa
     assert (shape.tie_word_embeddings, shape.prefix_lm) == (config.tie_word_embeddings, config.prefix_lm)
 
 
-@pytest.mark.parametrize("absent", [ABSENT, None])
+@pytest.mark.parametrize("absent", [ABSENT, None], ids=str)
 def test_embedding_scale_defaults_to_one_over_the_initializer_range(absent: object) -> None:
     assert read_config(raw_with(embedding_scale=absent, initializer_range=0.25)).embedding_scale == 4.0
 
@@ -100,7 +101,7 @@ def test_a_size_that_is_no_positive_integer_is_refused(field: str, value: object
     assert f"{field}={value!r}" in str(refused.value)
 
 
-@pytest.mark.parametrize("absent", [ABSENT, None])
+@pytest.mark.parametrize("absent", [ABSENT, None], ids=str)
 @pytest.mark.parametrize("field", SIZES)
 def test_a_missing_size_is_refused(field: str, absent: object) -> None:
     with pytest.raises(ConfigError, match="the field is missing") as refused:
