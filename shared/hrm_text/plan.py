@@ -33,7 +33,8 @@ class RecurrencePlan:
     @property
     def steps(self) -> tuple[Stack, ...]:
         """The stack that each step calls, in order."""
-        return (("L",) * self.L_cycles + ("H",)) * self.H_cycles
+        cycle: list[Stack] = ["L"] * self.L_cycles + ["H"]
+        return tuple(cycle * self.H_cycles)
 
     @property
     def num_slots(self) -> int:
