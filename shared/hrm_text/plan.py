@@ -33,8 +33,9 @@ class RecurrencePlan:
     @property
     def steps(self) -> tuple[Stack, ...]:
         """The stack that each step calls, in order."""
-        cycle: list[Stack] = ["L"] * self.L_cycles + ["H"]
-        return tuple(cycle * self.H_cycles)
+        fast: tuple[Stack, ...] = ("L",)
+        slow: tuple[Stack, ...] = ("H",)
+        return (fast * self.L_cycles + slow) * self.H_cycles
 
     @property
     def num_slots(self) -> int:
