@@ -1,5 +1,6 @@
 """Chat requests: the shared template, rendered to token ids in which message text is only text."""
 
+import difflib
 from typing import Any
 
 from vllm.config import VllmConfig
@@ -10,19 +11,6 @@ from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.params import ChatParams
 
 from hrm_text.envelope import DEFAULT_CONDITION, ChatEncoder, ChatError
-
-# What vLLM itself passes beside the user's keys. Any other key is refused: a misspelt `condition`
-# must not quietly mean "direct".
-_ENGINE_KEYS = {
-    "add_generation_prompt",
-    "continue_final_message",
-    "documents",
-    "enable_thinking",
-    "reasoning_effort",
-    "thinking",
-    "tokenize",
-    "tools",
-}
 
 
 class HrmTextRenderer(HfRenderer):
@@ -51,13 +39,13 @@ class HrmTextRenderer(HfRenderer):
     def _prompt_of(self, parsed: Any, params: ChatParams) -> Any:
         conversation, media, _ = parsed
         options = params.chat_template_kwargs
-        for key in options:
-            if key != "condition" and key not in _ENGINE_KEYS:
-                raise VLLMValidationError(
-                    f"chat_template_kwargs.{key}: is unknown to HRM-Text's chat template; it takes 'condition'",
-                    parameter="chat_template_kwargs",
-                    value=key,
-                )
+        # vLLM adds keys of its own, so unknown ones are let pass; a misspelt `condition` must not mean "direct".
+        for key in difflib.get_close_matches("condition", [k for k in options if k != "condition"]):
+            raise VLLMValidationError(
+                f"chat_template_kwargs.{key}: is unknown; did you mean 'condition'?",
+                parameter="chat_template_kwargs",
+                value=key,
+            )
         for key in ("tools", "documents"):
             if options.get(key):
                 raise VLLMValidationError(f"{key}: HRM-Text was not trained to use {key}", parameter=key)

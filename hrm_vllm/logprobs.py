@@ -7,13 +7,13 @@ prediction. Admission refuses requests that would get nothing else; here the hol
 from collections.abc import Callable
 from typing import Any
 
-from hrm_text.spans import LOGPROBS_OPTION, SPANS_OPTION, parse_spans, scored_inside
+from hrm_text.spans import LOGPROBS_OPTION, SPANS_OPTION, Spans, parse_spans, scored_inside
 
 
-def hiding_in_span_scores(original: Any) -> Callable[..., Any]:
-    """For `LogprobsProcessor.from_new_request`: wraps the new processor's `pop_prompt_logprobs`.
+def hiding_in_span_scores(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `LogprobsProcessor.from_new_request`: wraps the new processor's `_update_prompt_logprobs`.
 
-    Seen in vLLM 0.32.0, where a request's prompt log-probs leave through that one method.
+    Seen in vLLM 0.32.0, where each prefill chunk's prompt log-probs are appended by that one method.
     """
 
     def from_new_request(*args: Any, **kwargs: Any) -> Any:
@@ -22,15 +22,20 @@ def hiding_in_span_scores(original: Any) -> Callable[..., Any]:
         options = request.sampling_params.extra_args or {}
         flat = options.get(SPANS_OPTION)
         if flat and processor.prompt_logprobs is not None and not options.get(LOGPROBS_OPTION):
-            spans = parse_spans(flat, len(request.prompt_token_ids))
-            pop = processor.pop_prompt_logprobs
-
-            def pop_prompt_logprobs() -> Any:
-                return [
-                    None if scored_inside(spans, position) else entry for position, entry in enumerate(pop() or [])
-                ] or None
-
-            processor.pop_prompt_logprobs = pop_prompt_logprobs
+            _hide(processor, parse_spans(flat, len(request.prompt_token_ids)))
         return processor
 
     return from_new_request
+
+
+def _hide(processor: Any, spans: Spans) -> None:
+    append = processor._update_prompt_logprobs
+
+    def _update_prompt_logprobs(tensors: Any) -> None:
+        first = len(processor.prompt_logprobs)
+        append(tensors)
+        for position in range(first, len(processor.prompt_logprobs)):
+            if scored_inside(spans, position):
+                processor.prompt_logprobs[position] = None
+
+    processor._update_prompt_logprobs = _update_prompt_logprobs

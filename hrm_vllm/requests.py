@@ -139,9 +139,10 @@ def _check_scoring(spans: Spans, prompt_len: int, params: Any, allow_inside: boo
     hidden = [p for p in range(start, prompt_len) if scored_inside(spans, p)]
     if not hidden:
         return
-    # A fixed-id score table has no holes, so nothing in it may lie inside a span. Ordinary prompt
-    # log-probs have: positions inside a span come back empty, and it is enough that one does not.
-    if params.prompt_logprob_token_ids is None and len(hidden) < prompt_len - start:
+    # Ordinary prompt log-probs can have holes: positions inside a span come back empty, and it is enough
+    # that one does not. The flat form and the table of fixed ids cannot.
+    holes = not params.flat_logprobs and params.prompt_logprob_token_ids is None
+    if holes and len(hidden) < prompt_len - start:
         return
     span = next(s for s in spans if s[0] < hidden[0] < s[1])
     raise VLLMValidationError(

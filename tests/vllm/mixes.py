@@ -43,10 +43,18 @@ def asks(draw: st.DrawFn, longest_span: int = 96, max_prompt: int = 160) -> Ask:
     whole = st.none() if length <= longest_span else st.just(())
     spans = draw(st.one_of(whole, st.just(()), spans_for(length, longest_span)))
     score = draw(st.booleans())
-    options = {"prefix_lm_span_logprobs": True} if score else {}
+    # Scored tokens inside spans come with the opt-in; without it they must be holes, if any are left.
+    holes = spans is not None and score and draw(st.booleans()) and _scorable(spans, length)
+    options = {"prefix_lm_span_logprobs": True} if score and not holes else {}
     n = draw(st.sampled_from([1, 1, 3]))
     sampling = {"temperature": 1.0} if n > 1 else {}
     return Ask(prompt, spans, draw(st.integers(1, 12)), n, score, options, sampling)
+
+
+def _scorable(flat: tuple[int, ...], length: int) -> bool:
+    """Whether some prompt token is not hidden inside a span."""
+    spans = tuple(zip(flat[::2], flat[1::2], strict=True))
+    return any(not scored_inside(spans, position) for position in range(1, length))
 
 
 def true_spans(ask: Ask) -> Spans:
@@ -63,11 +71,12 @@ def deviation(reference: Any, ask: Ask, answers: Sequence[Answer]) -> float:
         expected = token_logprobs(reference, ask.prompt + answer.tokens, spans)
         emitted = expected[len(ask.prompt) - 1 :]
         worst = max(worst, float((emitted - torch.tensor(answer.logprobs)).abs().max()))
+        opted_in = ask.options.get("prefix_lm_span_logprobs", False)
         for position, logprob in enumerate(answer.prompt_logprobs or ()):
+            hidden = position == 0 or (scored_inside(spans, position) and not opted_in)
+            assert (logprob is None) == hidden, f"position {position} of spans {spans}"
             if logprob is not None:
                 worst = max(worst, abs(float(expected[position - 1]) - logprob))
-            else:
-                assert position == 0 or scored_inside(spans, position)
     return worst
 
 
