@@ -94,12 +94,15 @@ class ChatEncoder:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise ValueError(f"HRM-Text needs a fast tokenizer (tokenizer.json), got {type(tokenizer).__name__}")
+        markers = marker_ids(tokenizer)
         # A copy, because the setting is global to a tokenizer object and others share this one.
         plain = tokenizers.Tokenizer.from_str(backend.to_str())
+        # A marker that tokenizer.json calls an ordinary added token would be parsed all the same.
+        plain.add_special_tokens(list(MARKERS))
         plain.encode_special_tokens = True
         plain.no_truncation()
         plain.no_padding()
-        return cls(plain, marker_ids(tokenizer))
+        return cls(plain, markers)
 
     @property
     def envelope(self) -> Envelope:
@@ -189,11 +192,21 @@ def _placeholder(index: int) -> str:
 def _text_of(message: Mapping[str, Any], index: int) -> str:
     content = message.get("content")
     if isinstance(content, str):
-        return content
+        return _encodable(content, index)
     if isinstance(content, Sequence):
         parts = [
             part.get("text") if isinstance(part, Mapping) and part.get("type") == "text" else None for part in content
         ]
         if parts and all(isinstance(part, str) for part in parts):
-            return "\n".join(part for part in parts if part is not None)
+            return _encodable("\n".join(part for part in parts if part is not None), index)
     raise ChatError(f"messages[{index}].content: must be text, got {content!r}")
+
+
+def _encodable(text: str, index: int) -> str:
+    # JSON can spell half of a surrogate pair; the tokenizer would fail on it with a TypeError.
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        bad = text[error.start]
+        raise ChatError(f"messages[{index}].content: must be valid Unicode, got {bad!r} at {error.start}") from None
+    return text

@@ -1,5 +1,6 @@
 """Chats as token ids, with the bundled checkpoint's tokenizer."""
 
+import json
 from itertools import pairwise
 from typing import Any
 
@@ -274,6 +275,14 @@ def test_content_that_is_not_text_is_refused_by_its_place(content: object) -> No
     assert str(refused.value) == f"messages[2].content: must be text, got {content!r}"
 
 
+@pytest.mark.parametrize("content", ["a\ud83d", [{"type": "text", "text": "a\ud83d"}]], ids=ascii)
+def test_half_a_surrogate_pair_is_refused_by_its_place(content: object) -> None:
+    with pytest.raises(ChatError) as refused:
+        ENCODER.encode_chat([user("a"), assistant("b"), user(content)])
+
+    assert str(refused.value) == r"messages[2].content: must be valid Unicode, got '\ud83d' at 1"
+
+
 @pytest.mark.parametrize("condition, name", [("loud", "loud"), ("synth,loud", "loud"), ("", ""), ("COT", "COT")])
 def test_an_unknown_condition_is_refused(condition: str, name: str) -> None:
     with pytest.raises(ChatError, match=f"^condition: '{name}' is unknown; .*direct, cot, noisy, synth"):
@@ -298,6 +307,17 @@ def test_a_tokenizer_without_a_marker_is_refused() -> None:
 
     with pytest.raises(ValueError, match=r"special token '<\|quad_end\|>' is not in its vocabulary"):
         ChatEncoder.of(PreTrainedTokenizerFast(tokenizer_object=bare))
+
+
+def test_markers_stay_text_when_the_tokenizer_calls_them_ordinary_added_tokens() -> None:
+    raw = json.loads(PLAIN.to_str())
+    for added in raw["added_tokens"]:
+        added["special"] = False
+    ordinary = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(raw)))
+    messages = [user("".join(MARKERS))]
+
+    assert ChatEncoder.of(ordinary).encode_chat(messages) == ENCODER.encode_chat(messages)
+    assert not ordinary.backend_tokenizer.get_added_tokens_decoder()[IM_END].special
 
 
 def test_a_slow_tokenizer_is_refused() -> None:
