@@ -159,7 +159,7 @@ def _serve(pipe: Any, kwargs: dict[str, Any], env: dict[str, str], sabotage: str
             return
         try:
             if kind == "ask":
-                result = _generate(llm, value)
+                result = generate(llm, value)
             else:
                 function, args = value
                 result = function(llm, *args)
@@ -169,7 +169,8 @@ def _serve(pipe: Any, kwargs: dict[str, Any], env: dict[str, str], sabotage: str
             pipe.send(("error", (ValueError(str(wrapped)) if wrapped is error else wrapped, traceback.format_exc())))
 
 
-def _generate(llm: Any, asks: list[Ask]) -> list[list[Answer]]:
+def generate(llm: Any, asks: list[Ask], lora: Any = None) -> list[list[Answer]]:
+    """Serve `asks` with `llm`, in its process."""
     from vllm import SamplingParams
 
     params = []
@@ -189,7 +190,7 @@ def _generate(llm: Any, asks: list[Ask]) -> list[list[Answer]]:
             )
         )
     prompts = [{"prompt_token_ids": list(ask.prompt)} for ask in asks]
-    outputs = llm.generate(prompts, params, use_tqdm=False)
+    outputs = llm.generate(prompts, params, use_tqdm=False, lora_request=lora)
     return [_answers(ask, output) for ask, output in zip(asks, outputs, strict=True)]
 
 
