@@ -62,7 +62,9 @@ def test_a_bad_path_in_the_environment_is_refused_by_name(elsewhere: Path, monke
         resolve_model("hrm-text-1b")
 
 
-@pytest.mark.parametrize("name", ["sapientinc/HRM-Text-1B", "HRM-TEXT-NANO", "./hrm-text-1b", "org/hrm-text-nano", ""])
+@pytest.mark.parametrize(
+    "name", ["sapientinc/HRM-Text-1B", "HRM-TEXT-NANO", "HRM-Text-1B", "./hrm-text-1b", "org/hrm-text-nano", ""]
+)
 def test_other_names_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PATH_VARIABLE_1B, "nowhere")
 
