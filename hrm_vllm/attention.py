@@ -179,7 +179,7 @@ class DecodeGraphsOnly:
 def _dynamic_causal_builder(base: Any) -> Any:
     """For kernels that read a per-sequence int32 `causal` tensor (CPU_ATTN, TRITON_ATTN): one call."""
 
-    class PrefixLMBuilder(DecodeGraphsOnly, base):  # type: ignore[misc]
+    class PrefixLMBuilder(DecodeGraphsOnly, base):
         def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
             with step_spans([()] * common_attn_metadata.num_reqs):
                 return super().build_for_cudagraph_capture(common_attn_metadata)

@@ -1,6 +1,8 @@
 """`hrm-text doctor` for vLLM."""
 
 import logging
+import os
+from typing import Any
 
 from hrm_text.config import ConfigError, HrmTextShape, read_config
 from hrm_text.doctor import DoctorError, Finding, model_findings, require_entry_point
@@ -61,7 +63,8 @@ def _platform_findings(model: str) -> list[Finding]:
     ]
 
 
-def _read(model: str) -> tuple[HrmTextShape, "torch.dtype"]:  # type: ignore[name-defined]  # noqa: F821
+def _read(model: str) -> tuple[HrmTextShape, Any]:
+    """Shape and torch dtype of a checkpoint."""
     import torch
     from transformers import PretrainedConfig
 
@@ -78,10 +81,6 @@ def _read(model: str) -> tuple[HrmTextShape, "torch.dtype"]:  # type: ignore[nam
 
 
 def _cpu_cache_bytes() -> int:
-    """KV cache of a CPU server: what the environment says, else half of what vLLM would take at most."""
-    import os
-
-    import psutil
-
+    """KV cache of a CPU server: what the environment says, else half of the memory that is free."""
     gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    return int(gib) << 30 if gib else psutil.virtual_memory().available // 2
+    return int(gib) << 30 if gib else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

@@ -33,7 +33,7 @@ def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
 
 
 def _builder(base: Any) -> Any:
-    class PrefixLMFlashBuilder(DecodeGraphsOnly, base):  # type: ignore[misc]
+    class PrefixLMFlashBuilder(DecodeGraphsOnly, base):
         def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
             with step_spans([()] * common_attn_metadata.num_reqs):
                 return super().build_for_cudagraph_capture(common_attn_metadata)
@@ -77,7 +77,7 @@ def _builder(base: Any) -> Any:
 
 
 def _impl(base: Any) -> Any:
-    class PrefixLMFlashImpl(base):  # type: ignore[misc]
+    class PrefixLMFlashImpl(base):
         def forward(
             self,
             layer: torch.nn.Module,

@@ -13,7 +13,7 @@ from hrm_vllm.prefix_cache import _spans_and_digests
 
 @functools.cache
 def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
-    class SpanAlignedScheduler(base):  # type: ignore[misc, valid-type]
+    class SpanAlignedScheduler(base):
         """Cuts a chunk that would end inside a span at the span's start; 0 tokens means wait.
 
         `_reserve_prefill_lookahead` is called in both scheduling loops just before the check for an

@@ -1,0 +1,127 @@
+"""What the plugin makes of engine options, and what it refuses, with the field and the reason."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from vllm.engine.arg_utils import EngineArgs
+
+from hrm_text.names import nano_path
+from hrm_vllm.spans import rule_of
+from tests.conftest import TINY, make_checkpoint
+
+
+def configure(model: str, **options: Any) -> Any:
+    return EngineArgs(model=model, **options).create_engine_config()
+
+
+@pytest.fixture
+def edited(tmp_path: Path) -> Any:
+    """Makes a tiny checkpoint whose config.json was edited; None removes a field."""
+
+    def make(**fields: Any) -> str:
+        folder = make_checkpoint(tmp_path / "edited")
+        config = json.loads((folder / "config.json").read_text())
+        config.update(fields)
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+        return str(folder)
+
+    return make
+
+
+def test_nano_by_name() -> None:
+    config = configure("hrm-text-nano")
+    assert config.model_config.model == str(nano_path())
+    assert config.model_config.served_model_name == "hrm-text-nano"
+    rule = rule_of(config.model_config)
+    assert rule is not None and rule.envelope == (6, 7) and rule.prefix_lm
+
+
+def test_nano_by_name_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("vllm.engine.arg_utils.huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert configure("hrm-text-nano").model_config.model == str(nano_path())
+
+
+def test_1b_by_its_variable(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
+    monkeypatch.setenv("HRM_TEXT_1B_PATH", tiny)
+    config = configure("hrm-text-1b", skip_tokenizer_init=True)
+    assert config.model_config.model == tiny
+    assert config.model_config.served_model_name == "hrm-text-1b"
+
+
+def test_nothing_is_switched_off() -> None:
+    config = configure("hrm-text-nano")
+    assert config.cache_config.enable_prefix_caching
+    assert config.scheduler_config.enable_chunked_prefill
+    assert config.scheduler_config.scheduler_cls == "hrm_vllm.scheduler.make_scheduler"
+
+
+def test_a_default_budget_holds_any_span_and_a_chosen_one_is_kept(tiny: str) -> None:
+    default = configure(tiny, skip_tokenizer_init=True, max_num_seqs=2000).scheduler_config
+    assert default.max_num_batched_tokens >= 256 + 2000
+    chosen = configure(tiny, skip_tokenizer_init=True, max_num_seqs=64, max_num_batched_tokens=64).scheduler_config
+    assert chosen.max_num_batched_tokens == 64
+
+
+def test_long_prefill_threshold_is_off(tiny: str) -> None:
+    config = configure(tiny, skip_tokenizer_init=True, long_prefill_token_threshold=16)
+    assert config.scheduler_config.long_prefill_token_threshold == 0
+
+
+def test_prefix_lm_false_is_causal(edited: Any) -> None:
+    rule = rule_of(configure(edited(prefix_lm=False), skip_tokenizer_init=True).model_config)
+    assert rule is not None and not rule.prefix_lm
+
+
+BAD_FIELDS = {
+    "num_key_value_heads": 1,
+    "H_cycles": None,
+    "L_cycles": None,
+    "rope_parameters": {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0},
+    "num_hidden_layers": 15,
+    "hidden_act": "gelu",
+    "attention_bias": True,
+}
+
+
+@pytest.mark.parametrize("field", BAD_FIELDS)
+def test_a_config_that_cannot_be_served_is_refused(edited: Any, field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        configure(edited(**{field: BAD_FIELDS[field]}), skip_tokenizer_init=True)
+
+
+BAD_OPTIONS: dict[str, dict[str, Any]] = {
+    "scheduler": {"scheduler_cls": "vllm.v1.core.sched.scheduler.Scheduler"},
+    "kv_transfer_config": {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
+    "enable-prompt-embeds": {"enable_prompt_embeds": True},
+    "--runner": {"runner": "pooling"},
+}
+
+
+@pytest.mark.parametrize("named", BAD_OPTIONS)
+def test_an_option_that_would_be_wrong_in_silence_is_refused(tiny: str, named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        configure(tiny, skip_tokenizer_init=True, **BAD_OPTIONS[named])
+
+
+def test_a_backend_with_one_causal_flag_a_batch_is_refused() -> None:
+    from vllm.v1.attention.backends.flex_attention import FlexAttentionBackend
+
+    from hrm_vllm.attention import prefix_lm_backend
+
+    with pytest.raises(ValueError, match=r"FLEX_ATTENTION.*FLASH_ATTN, TRITON_ATTN, CPU_ATTN"):
+        prefix_lm_backend(FlexAttentionBackend)
+
+
+def test_a_tokenizer_without_the_markers_is_refused(tiny: str, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    folder = make_checkpoint(tmp_path / "plain", **TINY)
+    PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))).save_pretrained(
+        folder
+    )
+    with pytest.raises(ValueError, match="im_start"):
+        configure(str(folder))
