@@ -5,12 +5,13 @@ from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.exceptions import VLLMValidationError
-from vllm.renderers.chat_utils import ChatTemplateResolutionError, parse_chat_messages, parse_chat_messages_async
+from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
 from vllm.renderers.params import ChatParams
 
 from hrm_text.envelope import DEFAULT_CONDITION, ChatEncoder, ChatError
+from hrm_vllm.compat import chat_template_error
 
 
 class HrmTextRenderer(HfRenderer):
@@ -52,7 +53,7 @@ class HrmTextRenderer(HfRenderer):
         if media:
             raise VLLMValidationError("messages: HRM-Text takes text only", parameter="messages")
         if self._encoder is None:
-            raise ChatTemplateResolutionError("messages: a chat needs a tokenizer, and this engine runs without one")
+            raise chat_template_error()("messages: a chat needs a tokenizer, and this engine runs without one")
         condition = options.get("condition", DEFAULT_CONDITION)
         if not isinstance(condition, str):
             raise VLLMValidationError(

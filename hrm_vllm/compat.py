@@ -17,3 +17,13 @@ def check_version() -> None:
 
     if Version(VLLM_VERSION).release[:2] not in SUPPORTED:
         raise HookError("version", "this plugin was written for 0.32 and 0.33")
+
+
+def chat_template_error() -> type[ValueError]:
+    """vLLM's error for a chat that cannot be rendered; 0.33 moved it to `vllm.exceptions`."""
+    try:
+        from vllm.exceptions import ChatTemplateResolutionError
+    except ImportError:
+        from vllm.renderers.chat_utils import ChatTemplateResolutionError
+    error: type[ValueError] = ChatTemplateResolutionError
+    return error
