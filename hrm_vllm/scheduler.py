@@ -5,7 +5,7 @@ from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.request import Request
+from vllm.v1.request import Request, RequestStatus
 
 from hrm_text.spans import SPANS_OPTION, chunk_end
 from hrm_vllm.prefix_cache import _spans_and_digests
@@ -19,8 +19,11 @@ def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
         `_reserve_prefill_lookahead` is called in both scheduling loops just before the check for an
         empty chunk (vLLM 0.32.0). Progress: running requests come first and in order of admission, so
         the oldest unfinished prefill gets the whole budget in the end, and admission refused spans
-        that are longer than it.
+        that are longer than it. A waiting request whose span does not fit holds back those behind it
+        (vLLM 0.32 stops there by itself, 0.33 skips on), or a stream of short ones could starve it.
         """
+
+        _held_back_at = -1  # the step in which a waiting request's span did not fit
 
         def add_request(self, request: Request) -> None:
             options = request.sampling_params.extra_args if request.sampling_params else None
@@ -32,10 +35,16 @@ def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
 
         def _reserve_prefill_lookahead(self, request: Request, num_computed_tokens: int, num_new_tokens: int) -> int:
             num_new_tokens = super()._reserve_prefill_lookahead(request, num_computed_tokens, num_new_tokens)
+            waiting = request.status != RequestStatus.RUNNING
+            if waiting and self._held_back_at == self.current_step:
+                return 0
             spans, _ = _spans_and_digests(request)
             if not spans or num_computed_tokens >= spans[-1][1]:
                 return num_new_tokens
-            return chunk_end(spans, num_computed_tokens, num_computed_tokens + num_new_tokens) - num_computed_tokens
+            end = chunk_end(spans, num_computed_tokens, num_computed_tokens + num_new_tokens)
+            if waiting and end == num_computed_tokens:
+                self._held_back_at = self.current_step
+            return end - num_computed_tokens
 
     return SpanAlignedScheduler
 
