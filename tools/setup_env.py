@@ -113,9 +113,7 @@ def fit_cpu_build(env: Environment) -> None:
     alias.mkdir()
     (alias / "METADATA").write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {version}\n")
     (alias / "INSTALLER").write_text("pip\n")
-    (alias / "RECORD").write_text(
-        f"{alias.name}/METADATA,,\n{alias.name}/INSTALLER,,\n{alias.name}/RECORD,,\n"
-    )
+    (alias / "RECORD").write_text(f"{alias.name}/METADATA,,\n{alias.name}/INSTALLER,,\n{alias.name}/RECORD,,\n")
 
 
 def verify(env: Environment, extra: str) -> None:
