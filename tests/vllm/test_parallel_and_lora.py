@@ -1,4 +1,4 @@
-"""Pipeline parallelism and LoRA, against the oracle."""
+"""Pipeline and tensor parallelism and LoRA, against the oracle."""
 
 import json
 from pathlib import Path
@@ -36,6 +36,12 @@ def test_pipeline_stages(tiny: str, reference: Any, stages: int) -> None:
         assert answers[0].cached > 0
         assert deviation(reference, ASKS[0], answers) <= TOLERANCE
         assert engine.call(pool_tokens) > 1.9 * _pool_of_one(tiny)
+
+
+def test_tensor_parallel(tiny: str, reference: Any) -> None:
+    with Engine(model=tiny, tensor_parallel_size=2, max_num_batched_tokens=96) as engine:
+        for ask, answers in zip(ASKS, engine.ask(ASKS), strict=True):
+            assert deviation(reference, ask, answers) <= TOLERANCE
 
 
 def pool_tokens(llm: Any) -> int:
