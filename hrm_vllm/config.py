@@ -4,7 +4,6 @@ import os
 from typing import Any
 
 import torch
-import torch._dynamo
 from vllm import envs
 from vllm.config import CompilationMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
@@ -146,5 +145,7 @@ def _keep_eager_on_cpu(vllm_config: VllmConfig) -> None:
         return
     logger.info("HRM-Text: torch.compile is left off on a CPU; ask for it with -cc.mode=3")
     vllm_config.compilation_config.mode = CompilationMode.NONE
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"  # for the processes that vLLM starts
+    import torch._dynamo  # a second's import, so only where it is needed
+
     torch._dynamo.config.disable = True
