@@ -28,7 +28,7 @@ def test_all_hold_and_installing_twice_is_harmless() -> None:
     install()
     assert all(hook.holds() for hook in all_hooks())
     assert [_lookup(target) for target in WRAPPED.values()] == originals
-    assert all(not hasattr(original.__wrapped__, "_hrm_vllm_hook") for original in originals)
+    assert all(not hasattr(original.__wrapped__, "_hrm_text_hook") for original in originals)
 
 
 @pytest.mark.parametrize("name", WRAPPED)

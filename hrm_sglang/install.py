@@ -1,0 +1,97 @@
+"""The table of hooks, in the order they are installed."""
+
+import logging
+
+from hrm_sglang import ARCHITECTURE, compat
+from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, with_spans
+from hrm_sglang.config import CACHE, STEP, resolving
+from hrm_sglang.hooks import Hook, HookError, expect, wrap
+
+logger = logging.getLogger("sglang.srt.hrm_sglang")
+
+
+def _model_class() -> Hook:
+    from sglang.srt.models.registry import ModelRegistry
+
+    from hrm_sglang.model import HrmTextForCausalLM
+
+    def install() -> None:
+        ModelRegistry.models[ARCHITECTURE] = HrmTextForCausalLM
+
+    return Hook("model class", install, lambda: ModelRegistry.models.get(ARCHITECTURE) is HrmTextForCausalLM)
+
+
+def _resolution() -> Hook:
+    from sglang.srt.arg_groups import resolution_hooks
+
+    def holds() -> bool:
+        return resolving in resolution_hooks._HOOKS.get(STEP, ())
+
+    def install() -> None:
+        if not holds():
+            resolution_hooks.register_resolution_hook(STEP)(resolving)
+
+    return Hook("configuration", install, holds)
+
+
+def _radix_cache() -> Hook:
+    from sglang.srt.mem_cache.registry import get_radix_cache_factory, register_radix_cache_backend
+
+    from hrm_sglang.prefix_cache import make_cache
+
+    def install() -> None:
+        if get_radix_cache_factory(CACHE) is None:
+            register_radix_cache_backend(CACHE, make_cache)
+
+    return Hook("radix cache", install, lambda: get_radix_cache_factory(CACHE) is make_cache)
+
+
+def all_hooks() -> list[Hook]:
+    """Every hook this plugin needs."""
+    from hrm_sglang import requests, scheduler, spans
+
+    return [
+        _model_class(),
+        _resolution(),
+        # The built-in step must still hang on what the hook hides from it.
+        expect("configuration", "srt/arg_groups/model_hook.py", 'getattr(hf_config, "prefix_lm", True)'),
+        _radix_cache(),
+        *(
+            wrap(
+                f"attention backend {name}",
+                f"sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS.{name}",
+                with_spans(name),
+            )
+            for name in SUPPORTED_BACKENDS
+        ),
+        wrap(
+            "request spans",
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
+            requests.with_spans,
+        ),
+        wrap("requests by id", "sglang.srt.managers.schedule_batch:Req.__init__", spans.registering),
+        wrap(
+            "span-aligned chunks",
+            "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
+            scheduler.admitting,
+        ),
+        wrap(
+            "span-aligned chunks",
+            "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
+            scheduler.continuing,
+        ),
+    ]
+
+
+def install() -> None:
+    """Install and check every hook; harmless when done before.
+
+    Raises:
+        HookError: SGLang's version is not supported, or a hook did not take hold.
+    """
+    compat.check_version()
+    for hook in all_hooks():
+        hook.install()
+        if not hook.holds():
+            raise HookError(hook.name, "what it rests on is not there")
+    logger.debug("hrm_sglang: all hooks hold")

@@ -1,0 +1,75 @@
+"""`HrmTextForCausalLM` for SGLang: the shared forward with SGLang's layers."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from sglang.srt.layers.logits_processor import LogitsProcessor
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
+from sglang.srt.model_loader.weight_utils import default_weight_loader
+from torch import nn
+
+from hrm_sglang.layers import SglangLayers
+from hrm_text.config import HrmTextShape, read_config
+from hrm_text.model import HrmTextBody
+from hrm_text.weights import PACKED_MODULES, target_of
+
+
+class HrmTextForCausalLM(nn.Module):
+    """HRM-Text with its LM head; replaces SGLang's in-tree class of the same name (SGLang 0.5.23)."""
+
+    packed_modules_mapping = PACKED_MODULES
+
+    def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.quant_config = quant_config
+        self.shape: HrmTextShape = read_config(config.to_dict())
+        dot = f"{prefix}." if prefix else ""
+        self.model = HrmTextBody(self.shape, SglangLayers(quant_config), f"{dot}model")
+        if self.shape.tie_word_embeddings:
+            self.lm_head = self.model.embed_tokens
+        else:
+            self.lm_head = ParallelLMHead(
+                self.shape.vocab_size, self.shape.hidden_size, quant_config=quant_config, prefix=f"{dot}lm_head"
+            )
+        self.logits_processor = LogitsProcessor(config)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.model.embed_tokens
+
+    @torch.no_grad()
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        forward_batch: Any,
+        input_embeds: torch.Tensor | None = None,
+    ) -> Any:
+        embeddings = self.model.embed(input_ids) if input_embeds is None else input_embeds * self.shape.embedding_scale
+        z_H, z_L = self.model.begin(embeddings)
+        z_H, _ = self.model.recur(positions, z_H, z_L, forward_batch)
+        return self.logits_processor(input_ids, z_H, self.lm_head, forward_batch)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Load a checkpoint; every parameter must be found in it.
+
+        Raises:
+            ValueError: a tensor has no parameter to go to, or a parameter no tensor.
+        """
+        parameters = dict(self.named_parameters())
+        loaded: set[str] = set()
+        for disk_name, tensor in weights:
+            name, shard = target_of(disk_name)
+            if name.startswith("lm_head.") and self.shape.tie_word_embeddings:
+                continue
+            if name not in parameters:
+                raise ValueError(f"checkpoint tensor {disk_name!r} has no place in HRM-Text (looked for {name!r})")
+            parameter = parameters[name]
+            loader = getattr(parameter, "weight_loader", default_weight_loader)
+            loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)
+            loaded.add(name)
+        missing = sorted(parameters.keys() - loaded)
+        if missing:
+            raise ValueError(f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more of HRM-Text's parameters")
+        return loaded

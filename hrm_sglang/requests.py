@@ -1,0 +1,96 @@
+"""Admission: every request gets its spans, or a 400 that names the fault."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hrm_sglang.spans import is_hrm_text
+from hrm_text.envelope import ChatEncoder
+from hrm_text.spans import (
+    LOGPROBS_OPTION,
+    SPANS_OPTION,
+    SpanError,
+    SpanRule,
+    Spans,
+    flatten,
+    request_spans,
+    scored_inside,
+)
+
+_RULE = "_hrm_text_span_rule"
+
+
+def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `TokenizerManager._create_tokenized_object`, which every prompt passes (SGLang 0.5.23).
+
+    Writes the resolved spans into the request's own `custom_params`, so that every scheduler reads one and
+    the same list. A ValueError here is a 400 from the server, and a ValueError to a caller of `Engine`.
+    """
+
+    def _create_tokenized_object(
+        self: Any, obj: Any, input_text: Any, input_ids: Any, *args: Any, **kwargs: Any
+    ) -> Any:
+        rule = rule_of(self)
+        if rule is None:
+            return original(self, obj, input_text, input_ids, *args, **kwargs)
+        if getattr(obj, "input_embeds", None) is not None or not input_ids:
+            raise ValueError("input_embeds: HRM-Text takes token prompts, not prompt embeddings")
+        for field in ("session_params", "session_id", "positional_embed_overrides", "multi_item_delimiter_indices"):
+            if getattr(obj, field, None):
+                raise ValueError(f"{field}: is not supported for HRM-Text: a request's spans must be known whole")
+        _check_token_ids(input_ids, self.model_config.vocab_size)
+        request = original(self, obj, input_text, input_ids, *args, **kwargs)
+        params = request.sampling_params
+        options = params.custom_params or {}
+        # SGLang may have cut the prompt; what it sends is what counts.
+        prompt = request.input_ids
+        spans = request_spans(prompt, options, rule)
+        allow_inside = _logprobs_option(options)
+        if request.return_logprob and not allow_inside:
+            _check_scoring(spans, len(prompt), request.logprob_start_len)
+        params.custom_params = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
+        return request
+
+    return _create_tokenized_object
+
+
+def rule_of(manager: Any) -> SpanRule | None:
+    """The span rule of a TokenizerManager's model; None for any model but HRM-Text."""
+    hf_config = manager.model_config.hf_config
+    if not is_hrm_text(hf_config):
+        return None
+    rule: SpanRule | None = getattr(manager, _RULE, None)
+    if rule is None:
+        tokenizer = manager.tokenizer
+        envelope = ChatEncoder.of(tokenizer).envelope if tokenizer is not None else None
+        rule = SpanRule(envelope, bool(getattr(hf_config, "prefix_lm", True)))
+        setattr(manager, _RULE, rule)
+    return rule
+
+
+def _check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    for token in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= token < vocab_size:
+            raise ValueError(
+                f"prompt: token id {token} is out of vocabulary; the limit is {vocab_size - 1}, from vocab_size"
+            )
+
+
+def _logprobs_option(options: dict[str, Any]) -> bool:
+    value = options.get(LOGPROBS_OPTION, False)
+    if value in (True, False):
+        return bool(value)
+    raise SpanError(f"must be true or false, got {value!r}", field=LOGPROBS_OPTION, value=value)
+
+
+def _check_scoring(spans: Spans, prompt_len: int, start: int | None) -> None:
+    """SGLang's input log-probs have no holes, so a scored token inside a span is refused."""
+    if start is None or start < 0:
+        return
+    for position in range(start + 1, prompt_len):
+        if scored_inside(spans, position):
+            span = next(s for s in spans if s[0] < position < s[1])
+            raise ValueError(
+                f"logprob_start_len: the scored token at position {position} lies inside the bidirectional span "
+                f"[{span[0]}, {span[1]}), where the model already sees it. Score from {span[1] - 1} on, or set "
+                f"{LOGPROBS_OPTION}=true in custom_params to get the numbers anyway"
+            )
