@@ -1,10 +1,13 @@
 """The table of hooks, in the order they are installed."""
 
 import logging
+from collections.abc import Callable
+from typing import Any
 
 from hrm_sglang import ARCHITECTURE, compat
 from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, with_spans
-from hrm_sglang.config import CACHE, STEP, resolving
+from hrm_sglang import config, model_names
+from hrm_sglang.config import CACHE
 from hrm_sglang.hooks import Hook, HookError, expect, wrap
 
 logger = logging.getLogger("sglang.srt.hrm_sglang")
@@ -21,17 +24,17 @@ def _model_class() -> Hook:
     return Hook("model class", install, lambda: ModelRegistry.models.get(ARCHITECTURE) is HrmTextForCausalLM)
 
 
-def _resolution() -> Hook:
+def _resolution(name: str, step: str, resolving: Callable[[Any, Callable[[Any], None]], None]) -> Hook:
     from sglang.srt.arg_groups import resolution_hooks
 
     def holds() -> bool:
-        return resolving in resolution_hooks._HOOKS.get(STEP, ())
+        return resolving in resolution_hooks._HOOKS.get(step, ())
 
     def install() -> None:
         if not holds():
-            resolution_hooks.register_resolution_hook(STEP)(resolving)
+            resolution_hooks.register_resolution_hook(step)(resolving)
 
-    return Hook("configuration", install, holds)
+    return Hook(name, install, holds)
 
 
 def _radix_cache() -> Hook:
@@ -48,11 +51,12 @@ def _radix_cache() -> Hook:
 
 def all_hooks() -> list[Hook]:
     """Every hook this plugin needs."""
-    from hrm_sglang import requests, scheduler, spans
+    from hrm_sglang import chat, requests, scheduler, spans
 
     return [
         _model_class(),
-        _resolution(),
+        _resolution("configuration", config.STEP, config.resolving),
+        _resolution("model names", model_names.STEP, model_names.resolving),
         # The built-in step must still hang on what the hook hides from it.
         expect("configuration", "srt/arg_groups/model_hook.py", 'getattr(hf_config, "prefix_lm", True)'),
         _radix_cache(),
@@ -68,6 +72,11 @@ def all_hooks() -> list[Hook]:
             "request spans",
             "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
             requests.with_spans,
+        ),
+        wrap(
+            "chat",
+            "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._process_messages",
+            chat.encoding,
         ),
         wrap("requests by id", "sglang.srt.managers.schedule_batch:Req.__init__", spans.registering),
         wrap(

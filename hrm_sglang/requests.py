@@ -16,7 +16,7 @@ from hrm_text.spans import (
     scored_inside,
 )
 
-_RULE = "_hrm_text_span_rule"
+_ENCODER = "_hrm_text_chat_encoder"
 
 
 def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -58,13 +58,19 @@ def rule_of(manager: Any) -> SpanRule | None:
     hf_config = manager.model_config.hf_config
     if not is_hrm_text(hf_config):
         return None
-    rule: SpanRule | None = getattr(manager, _RULE, None)
-    if rule is None:
-        tokenizer = manager.tokenizer
-        envelope = ChatEncoder.of(tokenizer).envelope if tokenizer is not None else None
-        rule = SpanRule(envelope, bool(getattr(hf_config, "prefix_lm", True)))
-        setattr(manager, _RULE, rule)
-    return rule
+    encoder = encoder_of(manager)
+    return SpanRule(encoder.envelope if encoder else None, bool(getattr(hf_config, "prefix_lm", True)))
+
+
+def encoder_of(manager: Any) -> ChatEncoder | None:
+    """The chat encoder of a TokenizerManager; None without a tokenizer."""
+    if manager.tokenizer is None:
+        return None
+    encoder: ChatEncoder | None = getattr(manager, _ENCODER, None)
+    if encoder is None:
+        encoder = ChatEncoder.of(manager.tokenizer)
+        setattr(manager, _ENCODER, encoder)
+    return encoder
 
 
 def _check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:

@@ -1,0 +1,203 @@
+"""An SGLang engine in a process of its own, driven from tests.
+
+On a CPU, SGLang 0.5.23 needs SGLANG_USE_CPU_ENGINE=1 and stand-ins for two packages it imports and does not
+call (`stubs/`). It runs its scheduler in a child process, so what a test wants to know of it (retractions)
+comes back in a request's meta_info, and a sabotage is applied by an environment variable that the child reads.
+"""
+
+import multiprocessing as mp
+import os
+import sys
+import traceback
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from hrm_text.oracle import token_logprobs
+from hrm_text.spans import SPANS_OPTION, SpanRule, Spans, request_spans
+from tests.vllm.engine import Answer, Ask
+
+ROOT = Path(__file__).resolve().parents[2]
+STUBS = str(ROOT / "tests/sglang/stubs")
+TOLERANCE = 1e-5
+RULE = SpanRule(envelope=None)
+DEFAULTS: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "log_level": "error",
+    "max_total_tokens": 2048,
+    "chunked_prefill_size": 96,
+    "max_running_requests": 8,
+    "random_seed": 0,
+    "mem_fraction_static": 0.3,
+}
+if STUBS not in sys.path:
+    sys.path.append(STUBS)  # spawned processes take it over; an installed package goes before a stand-in
+PATIENCE = 240  # seconds until an engine that gives no answer is taken to hang
+
+
+def cpu_environment() -> dict[str, str]:
+    """Environment in which SGLang runs on a CPU."""
+    path = os.pathsep.join([STUBS, str(ROOT), os.environ.get("PYTHONPATH", "")])
+    return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
+
+
+class Engine:
+    """`with Engine(model_path=path, ...) as engine: engine.ask([Ask(...)])`.
+
+    Args:
+        env: environment of the process, beside the inherited one.
+        kwargs: of `sglang.Engine`, over `DEFAULTS`.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        added = {**cpu_environment(), **(env or {})}
+        before = {key: os.environ.get(key) for key in added}
+        os.environ.update(added)
+        try:
+            context = mp.get_context("spawn")
+            self._pipe, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, DEFAULTS | kwargs), daemon=False)
+            self._process.start()
+            theirs.close()
+        finally:
+            for key, value in before.items():
+                os.environ.pop(key) if value is None else os.environ.update({key: value})
+
+    def __enter__(self) -> "Engine":
+        self._receive()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._process.is_alive():
+            self._pipe.send(("stop", None))
+        self._process.join(30)
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def ask(self, asks: Sequence[Ask]) -> list[list[Answer]]:
+        """Serve `asks` as one batch; the samples of each."""
+        self._pipe.send(("ask", list(asks)))
+        return self._receive()
+
+    def call(self, function: Any, *args: Any) -> Any:
+        """`function(engine, *args)` in the engine's process; it must be importable there."""
+        self._pipe.send(("call", (function, args)))
+        return self._receive()
+
+    def _receive(self) -> Any:
+        if not self._pipe.poll(PATIENCE):
+            self._process.kill()
+            raise RuntimeError(f"the engine gave no answer in {PATIENCE} s: a request waits for ever")
+        try:
+            kind, value = self._pipe.recv()
+        except EOFError:
+            self._process.join(10)
+            raise RuntimeError(f"engine process ended with code {self._process.exitcode}") from None
+        if kind == "error":
+            error, trace = value
+            error.add_note(trace)
+            raise error
+        return value
+
+
+def _serve(pipe: Any, kwargs: dict[str, Any]) -> None:
+    try:
+        import sglang
+
+        engine = sglang.Engine(**kwargs)
+        pipe.send(("ready", None))
+    except BaseException as error:
+        pipe.send(("error", (RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc())))
+        return
+    while True:
+        kind, value = pipe.recv()
+        if kind == "stop":
+            engine.shutdown()
+            return
+        try:
+            result = generate(engine, value) if kind == "ask" else value[0](engine, *value[1])
+            pipe.send(("result", result))
+        except Exception as error:
+            wrapped = ValueError(str(error)) if isinstance(error, ValueError) else RuntimeError(repr(error))
+            pipe.send(("error", (wrapped, traceback.format_exc())))
+
+
+def generate(engine: Any, asks: list[Ask]) -> list[list[Answer]]:
+    """Serve `asks` with `engine`, in its process."""
+    samples = [ask for ask in asks for _ in range(ask.n)]
+    outputs = engine.generate(
+        input_ids=[list(ask.prompt) for ask in samples],
+        sampling_params=[_sampling(ask) for ask in samples],
+        return_logprob=[True] * len(samples),
+        logprob_start_len=[score_from(ask) for ask in samples],
+    )
+    answers = iter(_answer(ask, output["meta_info"]) for ask, output in zip(samples, outputs, strict=True))
+    return [[next(answers) for _ in range(ask.n)] for ask in asks]
+
+
+def score_from(ask: Ask) -> int:
+    """`logprob_start_len`: from the last span's last token on, or everything where the ask opts in."""
+    if not ask.score:
+        return -1
+    spans = true_spans(ask)
+    return 0 if ask.options.get("prefix_lm_span_logprobs") or not spans else spans[-1][1] - 1
+
+
+def _sampling(ask: Ask) -> dict[str, Any]:
+    custom = dict(ask.options)
+    if ask.spans is not None:
+        custom[SPANS_OPTION] = list(ask.spans)
+    return {
+        "temperature": 0.0,
+        "ignore_eos": True,
+        "max_new_tokens": ask.max_tokens,
+        "custom_params": custom or None,
+        **ask.sampling,
+    }
+
+
+def _answer(ask: Ask, meta: Mapping[str, Any]) -> Answer:
+    scored = None
+    if ask.score:
+        start = score_from(ask)
+        behind = [logprob for logprob, *_ in meta["input_token_logprobs"]]
+        scored = (None,) * (len(ask.prompt) - len(behind)) + tuple(behind)
+        assert len(behind) == len(ask.prompt) - start and behind[0] is None
+    return Answer(
+        tokens=tuple(token for _, token, *_ in meta["output_token_logprobs"]),
+        logprobs=tuple(logprob for logprob, *_ in meta["output_token_logprobs"]),
+        prompt_logprobs=scored,
+        cached=meta["cached_tokens"],
+    )
+
+
+def true_spans(ask: Ask) -> Spans:
+    """Spans the request must be served with, by the core's own function."""
+    return request_spans(ask.prompt, {} if ask.spans is None else {SPANS_OPTION: list(ask.spans)}, RULE)
+
+
+def deviation(reference: Any, ask: Ask, answers: Sequence[Answer]) -> float:
+    """Largest |log-prob - oracle's| over every emitted token and every scored prompt token."""
+    worst = 0.0
+    for answer in answers:
+        expected = token_logprobs(reference, ask.prompt + answer.tokens, true_spans(ask))
+        assert len(answer.tokens) == ask.max_tokens
+        emitted = expected[len(ask.prompt) - 1 :]
+        worst = max(worst, float((emitted - torch.tensor(answer.logprobs)).abs().max()))
+        for position, logprob in enumerate(answer.prompt_logprobs or ()):
+            if logprob is not None:
+                worst = max(worst, abs(float(expected[position - 1]) - logprob))
+    return worst
+
+
+def worst_deviation(reference: Any, engine: Engine, batch: Sequence[Ask]) -> float:
+    """Serve `batch` at once; the largest deviation in it."""
+    return max(deviation(reference, ask, answers) for ask, answers in zip(batch, engine.ask(batch), strict=True))

@@ -1,0 +1,44 @@
+"""Every emitted and scored token equals the oracle's, over random mixes of requests and schedules."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from tests.sglang.engine import TOLERANCE, Engine, worst_deviation
+from tests.vllm.engine import Ask
+from tests.vllm.mixes import asks
+
+pytest.importorskip("sglang")
+
+COMMON = settings(
+    max_examples=25,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+ENGINES: dict[str, dict[str, Any]] = {
+    # The budget is below the longest span, so that spans run whole and first.
+    "tight chunks": {"chunked_prefill_size": 48},
+    # For up to 8 requests of 172 tokens: requests are retracted and computed again, and chunks are clipped.
+    "retraction": {"chunked_prefill_size": 48, "max_total_tokens": 360},
+    "mixed chunks": {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
+    "no overlap": {"chunked_prefill_size": 64, "disable_overlap_schedule": True},
+    "one step a prompt": {"chunked_prefill_size": -1},
+}
+
+
+@pytest.fixture(scope="module", params=ENGINES)
+def engine(request: pytest.FixtureRequest, tiny: str) -> Iterator[Engine]:
+    with Engine(model_path=tiny, **ENGINES[request.param]) as running:
+        yield running
+
+
+@COMMON
+@given(batch=st.lists(asks(longest_span=96), min_size=1, max_size=6))
+def test_mixes_equal_the_oracle(engine: Engine, reference: Any, batch: list[Ask]) -> None:
+    assert worst_deviation(reference, engine, batch) <= TOLERANCE
