@@ -43,7 +43,12 @@ PATIENCE = 240  # seconds until an engine that gives no answer is taken to hang
 def cpu_environment() -> dict[str, str]:
     """Environment in which SGLang runs on a CPU."""
     path = os.pathsep.join([STUBS, str(ROOT), os.environ.get("PYTHONPATH", "")])
-    return {"SGLANG_USE_CPU_ENGINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": path.rstrip(os.pathsep)}
+    return {
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "SGLANG_EXTERNAL_MODEL_PACKAGE": "no_models",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": path.rstrip(os.pathsep),
+    }
 
 
 class Engine:
@@ -201,3 +206,9 @@ def deviation(reference: Any, ask: Ask, answers: Sequence[Answer]) -> float:
 def worst_deviation(reference: Any, engine: Engine, batch: Sequence[Ask]) -> float:
     """Serve `batch` at once; the largest deviation in it."""
     return max(deviation(reference, ask, answers) for ask, answers in zip(batch, engine.ask(batch), strict=True))
+
+
+def prompt(length: int, seed: int = 7) -> tuple[int, ...]:
+    """Random token ids, none of them a marker."""
+    generator = torch.Generator().manual_seed(seed)
+    return tuple((torch.randint(244, (length,), generator=generator) + 12).tolist())

@@ -14,7 +14,7 @@ from tests.vllm.mixes import asks
 pytest.importorskip("sglang")
 
 COMMON = settings(
-    max_examples=25,
+    max_examples=12,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],
