@@ -8,6 +8,8 @@ sees exactly its span and what lies before it.
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
+
 from hrm_sglang.spans import spans_of_rows
 from hrm_text.spans import Piece, Spans, pieces
 
@@ -63,3 +65,13 @@ def cut_batch(forward_batch: Any) -> list[VirtualSequence] | None:
         forward_batch.extend_prefix_lens_cpu,
         forward_batch.extend_seq_lens_cpu,
     )
+
+
+def computed_again(cut: Sequence[VirtualSequence]) -> tuple[list[VirtualSequence], torch.Tensor]:
+    """What a causal kernel call computes after a non-causal one over every piece of `cut`, and which tokens.
+
+    A lone token sees the same in either.
+    """
+    again = [sequence for sequence in cut if not sequence.bidirectional and sequence.last - sequence.first > 1]
+    tokens = [torch.arange(sequence.first, sequence.last) for sequence in again]
+    return again, torch.cat(tokens) if tokens else torch.empty(0, dtype=torch.int64)

@@ -5,7 +5,7 @@ from typing import Any
 
 from hrm_sglang.spans import is_hrm_text
 
-SUPPORTED_BACKENDS = ("triton", "torch_native")
+SUPPORTED_BACKENDS = ("fa3", "triton", "torch_native")
 
 
 def with_spans(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -28,6 +28,10 @@ def backend_class(name: str) -> Any:
     Raises:
         ValueError: the backend is not one of `SUPPORTED_BACKENDS`.
     """
+    if name == "fa3":
+        from hrm_sglang.flash_attention import PrefixLMFlashBackend
+
+        return PrefixLMFlashBackend
     if name == "triton":
         from hrm_sglang.triton_attention import PrefixLMTritonBackend
 

@@ -80,6 +80,7 @@ def _refuse_unsupported(server_args: Any) -> None:
 def _configure(server_args: Any) -> None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
+    from sglang.srt.model_executor.cuda_graph_config import Backend, Phase, with_phase
 
     view = resolving_view(server_args)
     chosen = server_args.attention_backend
@@ -95,4 +96,6 @@ def _configure(server_args: Any) -> None:
         attention_backend=chosen or default,
         radix_cache_backend=CACHE,
         page_size=1,
+        # A prefill cut at span bounds has another shape each time; decode graphs stay.
+        cuda_graph_config=with_phase(view.cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED),
     )

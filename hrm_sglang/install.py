@@ -80,12 +80,12 @@ def all_hooks() -> list[Hook]:
         ),
         wrap("requests by id", "sglang.srt.managers.schedule_batch:Req.__init__", spans.registering),
         wrap(
-            "span-aligned chunks",
+            "first chunks",
             "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
             scheduler.admitting,
         ),
         wrap(
-            "span-aligned chunks",
+            "further chunks",
             "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
             scheduler.continuing,
         ),

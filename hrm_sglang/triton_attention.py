@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
-from hrm_sglang.attention import VirtualSequence, cut_batch
+from hrm_sglang.attention import VirtualSequence, computed_again, cut_batch
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,9 @@ class PrefixLMTritonBackend(TritonAttnBackend):
         if cut is None:
             self._launches = []
             return
-        again = [sequence for sequence in cut if not sequence.bidirectional and sequence.last - sequence.first > 1]
+        again, tokens = computed_again(cut)
         self._launches = [self._plan(forward_batch, cut, None, False)]
         if again:
-            tokens = torch.cat([torch.arange(sequence.first, sequence.last) for sequence in again])
             self._launches.append(self._plan(forward_batch, again, tokens.to(self.device), True))
 
     def _plan(

@@ -135,6 +135,14 @@ def _serve(pipe: Any, kwargs: dict[str, Any]) -> None:
             pipe.send(("error", (wrapped, traceback.format_exc())))
 
 
+_retractions = 0
+
+
+def retractions(engine: Any) -> int:
+    """How often requests were retracted so far."""
+    return _retractions
+
+
 def generate(engine: Any, asks: list[Ask]) -> list[list[Answer]]:
     """Serve `asks` with `engine`, in its process."""
     samples = [ask for ask in asks for _ in range(ask.n)]
@@ -144,6 +152,8 @@ def generate(engine: Any, asks: list[Ask]) -> list[list[Answer]]:
         return_logprob=[True] * len(samples),
         logprob_start_len=[score_from(ask) for ask in samples],
     )
+    global _retractions
+    _retractions += sum(output["meta_info"].get("num_retractions") or 0 for output in outputs)
     answers = iter(_answer(ask, output["meta_info"]) for ask, output in zip(samples, outputs, strict=True))
     return [[next(answers) for _ in range(ask.n)] for ask in asks]
 

@@ -1,0 +1,70 @@
+"""The FA3 backend with PrefixLM spans: written against SGLang 0.5.23's source and not yet run, for want of a GPU."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBackend, FlashAttentionMetadata
+from sglang.srt.layers.radix_attention import AttentionType
+
+from hrm_sglang.attention import VirtualSequence, computed_again, cut_batch
+
+
+class PrefixLMFlashBackend(FlashAttentionBackend):
+    """SGLang 0.5.23's FA3 backend; an extend batch with spans runs as virtual sequences.
+
+    FA3 has one causal flag a call, which the stock backend reads from the layer's type. So a first call,
+    non-causal, computes every piece and writes the KV; causal pieces of several tokens are then computed
+    again by a causal one.
+    """
+
+    def __init__(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(runner, *args, **kwargs)
+        self._pieces: FlashAttentionMetadata | None = None
+        self._again: tuple[torch.Tensor, FlashAttentionMetadata] | None = None
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        super().init_forward_metadata(forward_batch)
+        self._pieces = self._again = None
+        cut = cut_batch(forward_batch)
+        if cut is None:
+            return
+        self._pieces = self._metadata(cut)
+        again, tokens = computed_again(cut)
+        if again:
+            self._again = tokens.to(self.device), self._metadata(again)
+
+    def _metadata(self, cut: Sequence[VirtualSequence]) -> FlashAttentionMetadata:
+        stock = self.forward_metadata
+
+        def to_device(values: list[int]) -> torch.Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=self.device)
+
+        lengths = to_device([0, *(sequence.last - sequence.first for sequence in cut)])
+        ends = to_device([0, *(sequence.kv_end for sequence in cut)])
+        return FlashAttentionMetadata(
+            cache_seqlens_int32=ends[1:],
+            max_seq_len_q=max(sequence.last - sequence.first for sequence in cut),
+            max_seq_len_k=max(sequence.kv_end for sequence in cut),
+            cu_seqlens_q=lengths.cumsum(0, dtype=torch.int32),
+            cu_seqlens_k=ends.cumsum(0, dtype=torch.int32),
+            page_table=stock.page_table[to_device([sequence.row for sequence in cut]).long()],
+        )
+
+    def forward_extend(
+        self, q: Any, k: Any, v: Any, layer: Any, forward_batch: Any, save_kv_cache: bool = True, **kwargs: Any
+    ) -> torch.Tensor:
+        if self._pieces is None or not forward_batch.forward_mode.is_extend_without_speculative():
+            return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        stock, kind = self.forward_metadata, layer.attn_type
+        try:
+            self.forward_metadata, layer.attn_type = self._pieces, AttentionType.DECODER_BIDIRECTIONAL
+            out = super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+            if self._again is not None:
+                tokens, metadata = self._again
+                self.forward_metadata, layer.attn_type = metadata, kind
+                rows = super().forward_extend(q[tokens], k[tokens], v[tokens], layer, forward_batch, False, **kwargs)
+                out[tokens] = rows.view(len(tokens), *out.shape[1:])
+            return out
+        finally:
+            self.forward_metadata, layer.attn_type = stock, kind

@@ -1,0 +1,23 @@
+"""The Triton backend under Triton's interpreter: about 2 s a token, so the prompts are short."""
+
+from typing import Any
+
+import pytest
+
+pytest.importorskip("sglang")
+
+from tests.sglang.engine import TOLERANCE, Engine, prompt, worst_deviation
+from tests.vllm.engine import Ask
+
+P = prompt(18)
+
+
+@pytest.mark.slow
+def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any) -> None:
+    env = {"TRITON_INTERPRET": "1"}
+    with Engine(env=env, model_path=tiny, attention_backend="triton", chunked_prefill_size=8) as engine:
+        # A batch of a span and a causal run, then spans with chunks and with a cache hit inside one.
+        batch = [Ask(P, (0, 12), max_tokens=2), Ask(prompt(7, 1), (), max_tokens=2)]
+        assert worst_deviation(reference, engine, batch) <= TOLERANCE
+        for spans in ((3, 9, 9, 14), (0, 12)):
+            assert worst_deviation(reference, engine, [Ask(P, spans, max_tokens=2, score=True)]) <= TOLERANCE
