@@ -25,7 +25,7 @@ ENGINES: dict[str, dict[str, Any]] = {
     # The budget is below the longest span, so that spans run whole and first.
     "tight chunks": {"chunked_prefill_size": 48},
     # For up to 8 requests of 172 tokens: requests are retracted and computed again, and chunks are clipped.
-    "retraction": {"chunked_prefill_size": 48, "max_total_tokens": 360},
+    "retraction": {"chunked_prefill_size": 48, "max_total_tokens": 360, "schedule_conservativeness": 0.1},
     "mixed chunks": {"chunked_prefill_size": 64, "enable_mixed_chunk": True},
     "no overlap": {"chunked_prefill_size": 64, "disable_overlap_schedule": True},
     "one step a prompt": {"chunked_prefill_size": -1},
