@@ -18,6 +18,8 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
     again by a causal one.
     """
 
+    forward_metadata: Any
+
     def __init__(self, runner: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(runner, *args, **kwargs)
         self._pieces: FlashAttentionMetadata | None = None

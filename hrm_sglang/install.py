@@ -4,9 +4,8 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from hrm_sglang import ARCHITECTURE, compat
+from hrm_sglang import ARCHITECTURE, compat, config, model_names
 from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, with_spans
-from hrm_sglang import config, model_names
 from hrm_sglang.config import CACHE
 from hrm_sglang.hooks import Hook, HookError, expect, wrap
 

@@ -71,5 +71,7 @@ class HrmTextForCausalLM(nn.Module):
             loaded.add(name)
         missing = sorted(parameters.keys() - loaded)
         if missing:
-            raise ValueError(f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more of HRM-Text's parameters")
+            raise ValueError(
+                f"the checkpoint lacks {missing[0]!r} and {len(missing) - 1} more of HRM-Text's parameters"
+            )
         return loaded

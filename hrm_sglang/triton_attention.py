@@ -38,6 +38,8 @@ class PrefixLMTritonBackend(TritonAttnBackend):
     every piece; causal pieces of several tokens are then computed again by a causal one.
     """
 
+    extend_attention_fwd: Any
+
     def __init__(self, runner: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(runner, *args, **kwargs)
         if self.enable_deterministic or self.dcp_size > 1:
@@ -63,9 +65,7 @@ class PrefixLMTritonBackend(TritonAttnBackend):
         lengths = [sequence.last - sequence.first for sequence in cut]
         prefixes = torch.tensor([sequence.prefix for sequence in cut], dtype=torch.int32, device=self.device)
         rows = torch.tensor([sequence.row for sequence in cut], dtype=torch.int64, device=self.device)
-        kv_indices = torch.empty(
-            sum(sequence.prefix for sequence in cut) or 1, dtype=torch.int64, device=self.device
-        )
+        kv_indices = torch.empty(sum(sequence.prefix for sequence in cut) or 1, dtype=torch.int64, device=self.device)
         kv_indptr = torch.zeros(len(cut) + 1, dtype=torch.int32, device=self.device)
         self._fill_kv_indptr_and_indices(
             forward_batch.kv_loc_plan,

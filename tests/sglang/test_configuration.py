@@ -49,7 +49,10 @@ def test_a_chosen_backend_is_kept(tiny: str) -> None:
         ({"speculative_algorithm": "NGRAM"}, "speculative decoding is not supported: it is not shown exact yet"),
         ({"pp_size": 2}, "pipeline parallelism is not supported"),
         ({"page_size": 16}, "the page size must be 1"),
-        ({"enable_deterministic_inference": True, "attention_backend": "triton"}, "deterministic inference moves chunk ends"),
+        (
+            {"enable_deterministic_inference": True, "attention_backend": "triton"},
+            "deterministic inference moves chunk ends",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
