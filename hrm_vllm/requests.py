@@ -25,6 +25,13 @@ from hrm_vllm.spans import rule_of
 logger = init_logger("vllm.hrm_vllm")
 
 
+class RequestError(VLLMValidationError, ValueError):
+    """A fault in a request: HTTP 400 from the server, and a ValueError to a caller of `LLM`."""
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: object = None) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter, value=value)
+
+
 def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
     """For `InputProcessor.process_inputs`, which both the server and `LLM` put every request through.
 
@@ -38,11 +45,12 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         if rule is None or request.sampling_params is None:
             return request
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
-            raise VLLMValidationError("HRM-Text takes token prompts, not prompt embeddings", parameter="prompt_embeds")
+            raise RequestError("HRM-Text takes token prompts, not prompt embeddings", parameter="prompt_embeds")
         if request.resumable:
-            raise VLLMValidationError(
+            raise RequestError(
                 "HRM-Text does not take streaming input: a span must be known whole", parameter="resumable"
             )
+        _check_token_ids(request.prompt_token_ids, self.model_config)
         # Several prompts may share one object; what is written below belongs to this one.
         params = request.sampling_params = copy.copy(request.sampling_params)
         _check_seed(params)
@@ -52,7 +60,7 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
             _check_capacity(spans, len(request.prompt_token_ids), self.vllm_config)
             allow_inside = _logprobs_option(options)
         except SpanError as error:
-            raise VLLMValidationError(str(error), parameter=error.field, value=error.value) from error
+            raise RequestError(str(error), parameter=error.field, value=error.value) from error
         if rule.prefix_lm and options.get(SPANS_OPTION) is None:
             _warn_without_envelope(request.prompt_token_ids, rule.envelope)
         if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
@@ -72,7 +80,7 @@ def refusing_beams(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def resolve_watermarking(self: Any, params: Any) -> Any:
         if isinstance(params, BeamSearchParams) and rule_of(self.model_config) is not None:
-            raise VLLMValidationError(
+            raise RequestError(
                 "use_beam_search: is not supported for HRM-Text, because vLLM turns generated tokens into prompt "
                 "tokens there; use n with a temperature",
                 parameter="use_beam_search",
@@ -82,11 +90,24 @@ def refusing_beams(original: Callable[..., Any]) -> Callable[..., Any]:
     return resolve_watermarking
 
 
+def _check_token_ids(prompt_ids: Sequence[int], model_config: Any) -> None:
+    # vLLM leaves this out where it has no tokenizer (--skip-tokenizer-init, --tokens-only), and lets pass what
+    # the tokenizer knows and the embedding does not; either would stop the engine for everyone.
+    limit = model_config.get_vocab_size()
+    for token in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= token < limit:
+            raise RequestError(
+                f"prompt: token id {token} is out of vocabulary; the limit is {limit - 1}, from vocab_size",
+                parameter="prompt",
+                value=token,
+            )
+
+
 def _check_seed(params: Any) -> None:
     if current_platform.is_cpu() and params.seed is not None and params.temperature > 0:
         # Its V1 runner rewinds the generator of a request whose prompt is chunked, which a CPU generator
         # cannot do; the engine would stop for everyone.
-        raise VLLMValidationError(
+        raise RequestError(
             f"seed: {params.seed} with temperature {params.temperature} is not supported by vLLM's CPU runner; "
             "leave seed out or set temperature to 0",
             parameter="seed",
@@ -145,7 +166,7 @@ def _check_scoring(spans: Spans, prompt_len: int, params: Any, allow_inside: boo
     if holes and len(hidden) < prompt_len - start:
         return
     span = next(s for s in spans if s[0] < hidden[0] < s[1])
-    raise VLLMValidationError(
+    raise RequestError(
         f"prompt_logprobs: the scored token at position {hidden[0]} lies inside the bidirectional span "
         f"[{span[0]}, {span[1]}), where the model already sees it. Close the span before the tokens to score "
         f"({SPANS_OPTION}), or set {LOGPROBS_OPTION}=true to get the numbers anyway",
