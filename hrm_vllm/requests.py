@@ -65,6 +65,8 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
             _warn_without_envelope(request.prompt_token_ids, rule.envelope)
         if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
             _check_scoring(spans, len(request.prompt_token_ids), params, allow_inside)
+            # Told to read the cache all the same, vLLM returns uninitialised memory for the cached tokens.
+            params.skip_reading_prefix_cache = True
         params.extra_args = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
         return request
 

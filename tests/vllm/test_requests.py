@@ -28,6 +28,14 @@ def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, reference: An
     assert deviation(reference, ask, answers) <= TOLERANCE
 
 
+def test_a_scored_request_never_reads_the_cache(engine: Engine, reference: Any) -> None:
+    """Told to, vLLM leaves the log-probs of cached tokens uninitialised."""
+    ask = Ask(prompt(120, seed=6), (0, 40), score=True, sampling={"skip_reading_prefix_cache": False})
+    for _ in range(2):
+        (answers,) = engine.ask([ask])
+        assert deviation(reference, ask, answers) <= TOLERANCE
+
+
 def test_kv_events_carry_the_spans(engine: Engine) -> None:
     """A router that computes block hashes itself needs the keys they were computed with."""
     ask = Ask(prompt(100, seed=5), (40, 60))
