@@ -97,6 +97,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "kv_transfer_config": {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
     "enable-prompt-embeds": {"enable_prompt_embeds": True},
     "--runner": {"runner": "pooling"},
+    "--model-impl": {"model_impl": "transformers"},
 }
 
 
@@ -104,6 +105,11 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
 def test_an_option_that_would_be_wrong_in_silence_is_refused(tiny: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         configure(tiny, skip_tokenizer_init=True, **BAD_OPTIONS[named])
+
+
+def test_another_class_in_the_config_is_refused(edited: Any) -> None:
+    with pytest.raises(ValueError, match="architectures"):
+        configure(edited(architectures=["OtherForCausalLM"]), skip_tokenizer_init=True)
 
 
 def test_a_backend_with_one_causal_flag_a_batch_is_refused() -> None:
