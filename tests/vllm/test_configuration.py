@@ -38,6 +38,13 @@ def test_nano_by_name() -> None:
     assert rule is not None and rule.envelope == (6, 7) and rule.prefix_lm
 
 
+def test_the_envelope_is_known_without_a_tokenizer() -> None:
+    """The same prompt must not mean something else to an engine that takes token ids only."""
+    for option in ("skip_tokenizer_init", "tokens_only"):
+        rule = rule_of(configure("hrm-text-nano", **{option: True}).model_config)
+        assert rule is not None and rule.envelope == (6, 7), option
+
+
 def test_nano_by_name_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("vllm.engine.arg_utils.huggingface_hub.constants.HF_HUB_OFFLINE", True)
