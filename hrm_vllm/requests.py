@@ -1,6 +1,7 @@
 """Admission: every request gets its spans, or a 400 that names the fault."""
 
 import copy
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -50,6 +51,7 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
             raise RequestError(
                 "HRM-Text does not take streaming input: a span must be known whole", parameter="resumable"
             )
+        request.prompt_token_ids = list(request.prompt_token_ids)  # offline, a tuple would stop the engine
         _check_token_ids(request.prompt_token_ids, self.model_config)
         # Several prompts may share one object; what is written below belongs to this one.
         params = request.sampling_params = copy.copy(request.sampling_params)
@@ -103,6 +105,11 @@ def _check_token_ids(prompt_ids: Sequence[int], model_config: Any) -> None:
                 parameter="prompt",
                 value=token,
             )
+    try:
+        array("q", prompt_ids)
+    except TypeError as error:
+        # Offline only; the engine would fail on it after `LLM` has begun to wait for its answer.
+        raise RequestError(f"prompt: must hold token ids, {error}", parameter="prompt") from error
 
 
 def _check_seed(params: Any) -> None:

@@ -59,3 +59,18 @@ def stored_keys(llm: Any, ask: Ask) -> list[Any]:
 def test_a_fault_is_a_value_error_offline(engine: Engine) -> None:
     with pytest.raises(ValueError, match="prefix_lm_spans"):
         engine.ask([Ask(prompt(20), (0, 30))])
+
+
+def test_token_ids_offline_may_be_a_tuple_and_must_be_integers(engine: Engine) -> None:
+    assert engine.call(generate_raw, (20, 21)) == engine.call(generate_raw, [20, 21])
+    with pytest.raises(ValueError, match="prompt: must hold token ids"):
+        engine.call(generate_raw, [20.0, 21])
+    assert engine.call(generate_raw, [20, 21])  # nothing was left waiting
+
+
+def generate_raw(llm: Any, ids: Any) -> list[int]:
+    from vllm import SamplingParams
+
+    params = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate({"prompt_token_ids": ids}, params, use_tqdm=False)
+    return list(output.outputs[0].token_ids)
