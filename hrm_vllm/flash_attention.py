@@ -56,7 +56,8 @@ def _builder(base: Any) -> Any:
             # fast_build leaves out FA3's ahead-of-time schedule: its buffer belongs to the captured
             # graphs, and a split batch has another shape.
             metadata = base.build(self, 0, virtual_metadata(common, batch, causal), fast_build=True)
-            metadata.max_num_splits = 0
+            if metadata.max_num_splits > 1:  # sized for the captured graphs; 1 is batch invariance's choice
+                metadata.max_num_splits = 0
             return metadata
 
     return PrefixLMFlashBuilder

@@ -59,7 +59,7 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         options = params.extra_args or {}
         try:
             spans = request_spans(request.prompt_token_ids, options, rule)
-            _check_capacity(spans, len(request.prompt_token_ids), self.vllm_config)
+            _check_length(spans, self.vllm_config)
             allow_inside = _logprobs_option(options)
         except SpanError as error:
             raise RequestError(str(error), parameter=error.field, value=error.value) from error
@@ -135,7 +135,7 @@ def span_limit(vllm_config: Any) -> int:
     )
 
 
-def _check_capacity(spans: Spans, prompt_len: int, vllm_config: Any) -> None:
+def _check_length(spans: Spans, vllm_config: Any) -> None:
     limit = span_limit(vllm_config)
     for start, end in spans:
         if end - start > limit:
@@ -144,18 +144,12 @@ def _check_capacity(spans: Spans, prompt_len: int, vllm_config: Any) -> None:
                 f"{limit}, from max_num_batched_tokens",
                 value=[start, end],
             )
-    cache = vllm_config.cache_config
-    pool = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
-    if pool and prompt_len >= pool:
-        raise SpanError(
-            f"the prompt has {prompt_len} tokens and must stay in the KV cache whole; the limit is "
-            f"{pool - 1}, the cache's tokens less one",
-            field="prompt",
-            value=prompt_len,
-        )
 
 
 def _logprobs_option(options: dict[str, Any]) -> bool:
+    for key in options:
+        if key.startswith("prefix_lm") and key not in (SPANS_OPTION, LOGPROBS_OPTION):
+            raise SpanError(f"is unknown; there are {SPANS_OPTION} and {LOGPROBS_OPTION}", field=key, value=key)
     value = options.get(LOGPROBS_OPTION, False)
     if value in (True, False):
         return bool(value)
