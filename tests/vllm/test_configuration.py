@@ -11,6 +11,8 @@ from hrm_text.names import nano_path
 from hrm_vllm.spans import rule_of
 from tests.conftest import TINY, make_checkpoint
 
+pytestmark = pytest.mark.cpu
+
 
 def configure(model: str, **options: Any) -> Any:
     return EngineArgs(model=model, **options).create_engine_config()

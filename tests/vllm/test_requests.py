@@ -9,6 +9,8 @@ from tests.vllm.engine import Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
 from tests.vllm.test_prefix_cache import prompt
 
+pytestmark = pytest.mark.cpu
+
 EVENTS = {"enable_kv_cache_events": True, "publisher": "null"}
 
 

@@ -23,6 +23,8 @@ from hrm_text.oracle import load_reference, token_logprobs
 from hrm_text.spans import envelope_spans
 from tests.vllm.mixes import TOLERANCE
 
+pytestmark = pytest.mark.cpu
+
 QUESTION = "Tom has 3 boxes with 4 apples each. He gives away 5 apples. How many apples are left?"
 COT = {"chat_template_kwargs": {"condition": "synth,cot"}}
 
