@@ -30,9 +30,8 @@ lint:  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench:  ## measure throughput and latency
-	@test -d benchmarks || { echo 'make bench: the benchmarks are not in this release'; exit 1; }
-	@$(SETUP) vllm
+bench:  ## compare with the in-tree model: step times on a GPU, log-probs on a CPU
+	@$(SETUP) vllm --dev
 	@exec $(BIN)/python -m benchmarks $(ARGS)
 
 clean:  ## remove the environments and all caches

@@ -129,7 +129,12 @@ def virtual_metadata(
     )
 
 
-def _split_step(rows: Sequence[Spans] | None, common: CommonAttentionMetadata) -> VirtualBatch | None:
+def split_step(rows: Sequence[Spans] | None, common: CommonAttentionMetadata) -> VirtualBatch | None:
+    """Cut the step's batch at span bounds; None when no row of it needs that.
+
+    Raises:
+        RuntimeError: no runner said what the rows' spans are.
+    """
     rows = _step_spans if rows is None else rows
     if rows is None:
         raise RuntimeError(
@@ -167,35 +172,46 @@ def prefix_lm_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
     return subclass_attention_backend_with_overrides("PrefixLM", base, {"get_builder_cls": lambda: builder})
 
 
-class DecodeGraphsOnly:
-    """Limits FULL CUDA graphs to uniform batches: a split batch has another shape each time."""
+class SpanSplitting:
+    """Mixin of a metadata builder: rows that touch a span are split, any other batch is the stock builder's."""
 
     @classmethod
     def get_cudagraph_support(cls, vllm_config: VllmConfig, kv_cache_spec: Any) -> AttentionCGSupport:
+        """FULL CUDA graphs for uniform batches only: a split batch has another shape each time."""
         support = super().get_cudagraph_support(vllm_config, kv_cache_spec)  # type: ignore[misc]
         return min(support, AttentionCGSupport.UNIFORM_BATCH, key=lambda s: s.value)
+
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
+        with step_spans([()] * common_attn_metadata.num_reqs):
+            return super().build_for_cudagraph_capture(common_attn_metadata)  # type: ignore[misc]
+
+    def build(
+        self,
+        common_prefix_len: int,
+        common_attn_metadata: CommonAttentionMetadata,
+        fast_build: bool = False,
+        row_spans: Sequence[Spans] | None = None,
+    ) -> Any:
+        batch = split_step(row_spans, common_attn_metadata)
+        if batch is not None:
+            return self._build_split(common_attn_metadata, batch, fast_build)
+        common_attn_metadata = self._unsplit(common_attn_metadata)
+        return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+
+    def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:
+        raise NotImplementedError
+
+    def _unsplit(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        return common
 
 
 def _dynamic_causal_builder(base: Any) -> Any:
     """For kernels that read a per-sequence int32 `causal` tensor (CPU_ATTN, TRITON_ATTN): one call."""
 
-    class PrefixLMBuilder(DecodeGraphsOnly, base):
-        def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-            with step_spans([()] * common_attn_metadata.num_reqs):
-                return super().build_for_cudagraph_capture(common_attn_metadata)
-
-        def build(
-            self,
-            common_prefix_len: int,
-            common_attn_metadata: CommonAttentionMetadata,
-            fast_build: bool = False,
-            row_spans: Sequence[Spans] | None = None,
-        ) -> Any:
-            batch = _split_step(row_spans, common_attn_metadata)
-            if batch is not None:
-                device = common_attn_metadata.seq_lens.device
-                causal = torch.from_numpy((~batch.bidirectional).astype(np.int32)).to(device, non_blocking=True)
-                common_attn_metadata = virtual_metadata(common_attn_metadata, batch, causal)
-            return super().build(common_prefix_len, common_attn_metadata, fast_build)
+    class PrefixLMBuilder(SpanSplitting, base):
+        def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:
+            causal = torch.from_numpy((~batch.bidirectional).astype(np.int32))
+            causal = causal.to(common.seq_lens.device, non_blocking=True)
+            return base.build(self, 0, virtual_metadata(common, batch, causal), fast_build)
 
     return PrefixLMBuilder

@@ -4,7 +4,6 @@ import difflib
 from typing import Any
 
 from vllm.config import VllmConfig
-from vllm.exceptions import VLLMValidationError
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
@@ -12,6 +11,7 @@ from vllm.renderers.params import ChatParams
 
 from hrm_text.envelope import DEFAULT_CONDITION, ChatEncoder, ChatError
 from hrm_vllm.compat import chat_template_error
+from hrm_vllm.requests import RequestError
 
 
 class HrmTextRenderer(HfRenderer):
@@ -42,21 +42,21 @@ class HrmTextRenderer(HfRenderer):
         options = params.chat_template_kwargs
         # vLLM adds keys of its own, so unknown ones are let pass; a misspelt `condition` must not mean "direct".
         for key in difflib.get_close_matches("condition", [k for k in options if k != "condition"]):
-            raise VLLMValidationError(
+            raise RequestError(
                 f"chat_template_kwargs.{key}: is unknown; did you mean 'condition'?",
                 parameter="chat_template_kwargs",
                 value=key,
             )
         for key in ("tools", "documents"):
             if options.get(key):
-                raise VLLMValidationError(f"{key}: HRM-Text was not trained to use {key}", parameter=key)
+                raise RequestError(f"{key}: HRM-Text was not trained to use {key}", parameter=key)
         if media:
-            raise VLLMValidationError("messages: HRM-Text takes text only", parameter="messages")
+            raise RequestError("messages: HRM-Text takes text only", parameter="messages")
         if self._encoder is None:
             raise chat_template_error()("messages: a chat needs a tokenizer, and this engine runs without one")
         condition = options.get("condition", DEFAULT_CONDITION)
         if not isinstance(condition, str):
-            raise VLLMValidationError(
+            raise RequestError(
                 f"condition: must be a string, got {condition!r}", parameter="condition", value=condition
             )
         try:
@@ -64,5 +64,5 @@ class HrmTextRenderer(HfRenderer):
                 conversation, condition, continue_final_message=bool(options.get("continue_final_message"))
             )
         except ChatError as error:
-            raise VLLMValidationError(str(error), parameter="messages") from error
+            raise RequestError(str(error), parameter="messages") from error
         return conversation, parse_dec_only_prompt(ids)

@@ -12,7 +12,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from hrm_text.config import read_config
 from hrm_text.envelope import ChatEncoder
-from hrm_text.spans import SpanRule
+from hrm_text.spans import Envelope, SpanRule
 from hrm_vllm.attention import SUPPORTED_BACKENDS
 from hrm_vllm.model_names import budget_is_explicit
 from hrm_vllm.spans import set_rule
@@ -33,16 +33,12 @@ class HrmTextConfigHook:
             raise ValueError("HRM-Text: --enable-prompt-embeds is not supported; spans are found in token ids")
         if model_config.tokenizer_mode in ("auto", "hf"):
             model_config.tokenizer_mode = "hrm_text"
-        envelope = None
-        if model_config.skip_tokenizer_init:
+        envelope = _envelope(model_config)
+        if envelope is None:
             logger.warning(
                 "HRM-Text without a tokenizer: the envelope's token ids are unknown, so a prompt without "
                 "prefix_lm_spans is one bidirectional span as a whole"
             )
-        else:
-            from vllm.tokenizers.registry import cached_tokenizer_from_config
-
-            envelope = ChatEncoder.of(cached_tokenizer_from_config(model_config)).envelope
         set_rule(model_config, SpanRule(envelope, shape.prefix_lm))
 
     @staticmethod
@@ -65,6 +61,25 @@ class HrmTextConfigHook:
         _set_token_budget(vllm_config)
         _set_attention_backend(vllm_config)
         _keep_eager_on_cpu(vllm_config)
+
+
+def _envelope(model_config: ModelConfig) -> Envelope | None:
+    """Ids of the envelope's markers; also for an engine without a tokenizer, whose prompts mean the same."""
+    from vllm.tokenizers.registry import cached_get_tokenizer
+
+    try:
+        tokenizer = cached_get_tokenizer(
+            model_config.tokenizer,
+            runner_type=model_config.runner_type,
+            tokenizer_mode=model_config.tokenizer_mode,
+            revision=model_config.tokenizer_revision,
+            trust_remote_code=model_config.trust_remote_code,
+        )
+        return ChatEncoder.of(tokenizer).envelope
+    except Exception:
+        if model_config.skip_tokenizer_init:
+            return None
+        raise
 
 
 def _raw_config(model_config: ModelConfig) -> dict[str, Any]:

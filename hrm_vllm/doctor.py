@@ -38,7 +38,7 @@ def diagnose(model: str) -> list[Finding]:
             raise DoctorError(f"hook '{hook.name}' did not take hold in vLLM {vllm.__version__}")
     return [
         Finding("engine", f"vLLM {vllm.__version__}"),
-        Finding("hooks that hold", ", ".join(hook.name for hook in hooks)),
+        Finding("hooks that hold", ", ".join(dict.fromkeys(hook.name for hook in hooks))),
         *_platform_findings(model),
     ]
 

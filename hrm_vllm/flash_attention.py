@@ -4,15 +4,13 @@ Single query tokens see the same either way, so a batch of spans and decodes is 
 only causal pieces of several tokens need a second one.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
-from hrm_text.spans import Spans
-from hrm_vllm.attention import DecodeGraphsOnly, VirtualBatch, _split_step, step_spans, virtual_metadata
+from hrm_vllm.attention import SpanSplitting, VirtualBatch, virtual_metadata
 
 
 def select(batch: VirtualBatch, keep: np.ndarray) -> VirtualBatch:
@@ -33,34 +31,22 @@ def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
 
 
 def _builder(base: Any) -> Any:
-    class PrefixLMFlashBuilder(DecodeGraphsOnly, base):
-        def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata) -> Any:
-            with step_spans([()] * common_attn_metadata.num_reqs):
-                return super().build_for_cudagraph_capture(common_attn_metadata)
+    class PrefixLMFlashBuilder(SpanSplitting, base):
+        def _unsplit(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+            # The same result for single queries, and FA3's faster kernel: 6% of a batch-1 step.
+            return common.replace(causal=False) if common.max_query_len <= 1 else common
 
-        def build(
-            self,
-            common_prefix_len: int,
-            common_attn_metadata: CommonAttentionMetadata,
-            fast_build: bool = False,
-            row_spans: Sequence[Spans] | None = None,
-        ) -> Any:
-            batch = _split_step(row_spans, common_attn_metadata)
-            if batch is None:
-                if common_attn_metadata.max_query_len <= 1:
-                    # The same result for single queries, and FA3's faster kernel: 6% of a batch-1 step.
-                    common_attn_metadata = common_attn_metadata.replace(causal=False)
-                return super().build(common_prefix_len, common_attn_metadata, fast_build)
+        def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:
             several = (batch.ends - batch.starts) > 1
             causal_part = several & ~batch.bidirectional
             if not causal_part.any():
-                return self._build_part(common_attn_metadata, batch, causal=False)
-            metadata = self._build_part(common_attn_metadata, batch, causal=True)
+                return self._build_part(common, batch, causal=False)
+            metadata = self._build_part(common, batch, causal=True)
             # Read by PrefixLMFlashImpl.forward in place of the metadata itself.
             metadata.prefix_lm_calls = [
                 (
                     torch.from_numpy(token_indices(part)).to(metadata.seq_lens.device, non_blocking=True),
-                    self._build_part(common_attn_metadata, part, causal),
+                    self._build_part(common, part, causal),
                 )
                 for part, causal in ((select(batch, ~causal_part), False), (select(batch, causal_part), True))
             ]
@@ -69,8 +55,9 @@ def _builder(base: Any) -> Any:
         def _build_part(self, common: CommonAttentionMetadata, batch: VirtualBatch, causal: bool) -> Any:
             # fast_build leaves out FA3's ahead-of-time schedule: its buffer belongs to the captured
             # graphs, and a split batch has another shape.
-            metadata = super().build(0, virtual_metadata(common, batch, causal), fast_build=True)
-            metadata.max_num_splits = 0
+            metadata = base.build(self, 0, virtual_metadata(common, batch, causal), fast_build=True)
+            if metadata.max_num_splits > 1:  # sized for the captured graphs; 1 is batch invariance's choice
+                metadata.max_num_splits = 0
             return metadata
 
     return PrefixLMFlashBuilder

@@ -71,6 +71,12 @@ def all_hooks() -> list[Hook]:
             "vllm.v1.core.kv_cache_utils:generate_block_hash_extra_keys",
             prefix_cache.with_span_keys,
         ),
+        # Has it by name, imported before plugins are loaded: its KV events would leave the spans out.
+        wrap(
+            "prefix cache keys",
+            "vllm.v1.core.block_pool:generate_block_hash_extra_keys",
+            prefix_cache.with_span_keys,
+        ),
         wrap(
             "prompt logprobs",
             "vllm.v1.engine.logprobs:LogprobsProcessor.from_new_request",

@@ -5,6 +5,7 @@ from contextvars import ContextVar
 from typing import Any
 
 from hrm_text.names import resolve_model
+from hrm_vllm.spans import require_rule
 
 # Whether the user chose max_num_batched_tokens; the config hook may raise only a default.
 budget_is_explicit: ContextVar[bool] = ContextVar("budget_is_explicit", default=True)
@@ -26,9 +27,11 @@ def resolving(original: Callable[..., Any]) -> Callable[..., Any]:
             self.tokenizer = resolve_model(self.tokenizer)
         token = budget_is_explicit.set(self.max_num_batched_tokens is not None)
         try:
-            return original(self, *args, **kwargs)
+            config = original(self, *args, **kwargs)
         finally:
             budget_is_explicit.reset(token)
+        require_rule(config.model_config)
+        return config
 
     return create_engine_config
 

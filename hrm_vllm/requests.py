@@ -1,6 +1,7 @@
 """Admission: every request gets its spans, or a 400 that names the fault."""
 
 import copy
+from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -25,6 +26,13 @@ from hrm_vllm.spans import rule_of
 logger = init_logger("vllm.hrm_vllm")
 
 
+class RequestError(VLLMValidationError, ValueError):
+    """A fault in a request: HTTP 400 from the server, and a ValueError to a caller of `LLM`."""
+
+    def __init__(self, message: str, *, parameter: str | None = None, value: object = None) -> None:
+        VLLMValidationError.__init__(self, message, parameter=parameter, value=value)
+
+
 def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
     """For `InputProcessor.process_inputs`, which both the server and `LLM` put every request through.
 
@@ -38,25 +46,29 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         if rule is None or request.sampling_params is None:
             return request
         if request.prompt_token_ids is None or request.prompt_embeds is not None:
-            raise VLLMValidationError("HRM-Text takes token prompts, not prompt embeddings", parameter="prompt_embeds")
+            raise RequestError("HRM-Text takes token prompts, not prompt embeddings", parameter="prompt_embeds")
         if request.resumable:
-            raise VLLMValidationError(
+            raise RequestError(
                 "HRM-Text does not take streaming input: a span must be known whole", parameter="resumable"
             )
+        request.prompt_token_ids = list(request.prompt_token_ids)  # offline, a tuple would stop the engine
+        _check_token_ids(request.prompt_token_ids, self.model_config)
         # Several prompts may share one object; what is written below belongs to this one.
         params = request.sampling_params = copy.copy(request.sampling_params)
         _check_seed(params)
         options = params.extra_args or {}
         try:
             spans = request_spans(request.prompt_token_ids, options, rule)
-            _check_capacity(spans, len(request.prompt_token_ids), self.vllm_config)
+            _check_length(spans, self.vllm_config)
             allow_inside = _logprobs_option(options)
         except SpanError as error:
-            raise VLLMValidationError(str(error), parameter=error.field, value=error.value) from error
+            raise RequestError(str(error), parameter=error.field, value=error.value) from error
         if rule.prefix_lm and options.get(SPANS_OPTION) is None:
             _warn_without_envelope(request.prompt_token_ids, rule.envelope)
         if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
             _check_scoring(spans, len(request.prompt_token_ids), params, allow_inside)
+            # Told to read the cache all the same, vLLM returns uninitialised memory for the cached tokens.
+            params.skip_reading_prefix_cache = True
         params.extra_args = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
         return request
 
@@ -72,7 +84,7 @@ def refusing_beams(original: Callable[..., Any]) -> Callable[..., Any]:
 
     def resolve_watermarking(self: Any, params: Any) -> Any:
         if isinstance(params, BeamSearchParams) and rule_of(self.model_config) is not None:
-            raise VLLMValidationError(
+            raise RequestError(
                 "use_beam_search: is not supported for HRM-Text, because vLLM turns generated tokens into prompt "
                 "tokens there; use n with a temperature",
                 parameter="use_beam_search",
@@ -82,11 +94,29 @@ def refusing_beams(original: Callable[..., Any]) -> Callable[..., Any]:
     return resolve_watermarking
 
 
+def _check_token_ids(prompt_ids: Sequence[int], model_config: Any) -> None:
+    # vLLM leaves this out where it has no tokenizer (--skip-tokenizer-init, --tokens-only), and lets pass what
+    # the tokenizer knows and the embedding does not; either would stop the engine for everyone.
+    limit = model_config.get_vocab_size()
+    for token in (min(prompt_ids), max(prompt_ids)):
+        if not 0 <= token < limit:
+            raise RequestError(
+                f"prompt: token id {token} is out of vocabulary; the limit is {limit - 1}, from vocab_size",
+                parameter="prompt",
+                value=token,
+            )
+    try:
+        array("q", prompt_ids)
+    except TypeError as error:
+        # Offline only; the engine would fail on it after `LLM` has begun to wait for its answer.
+        raise RequestError(f"prompt: must hold token ids, {error}", parameter="prompt") from error
+
+
 def _check_seed(params: Any) -> None:
     if current_platform.is_cpu() and params.seed is not None and params.temperature > 0:
         # Its V1 runner rewinds the generator of a request whose prompt is chunked, which a CPU generator
         # cannot do; the engine would stop for everyone.
-        raise VLLMValidationError(
+        raise RequestError(
             f"seed: {params.seed} with temperature {params.temperature} is not supported by vLLM's CPU runner; "
             "leave seed out or set temperature to 0",
             parameter="seed",
@@ -105,7 +135,7 @@ def span_limit(vllm_config: Any) -> int:
     )
 
 
-def _check_capacity(spans: Spans, prompt_len: int, vllm_config: Any) -> None:
+def _check_length(spans: Spans, vllm_config: Any) -> None:
     limit = span_limit(vllm_config)
     for start, end in spans:
         if end - start > limit:
@@ -114,18 +144,12 @@ def _check_capacity(spans: Spans, prompt_len: int, vllm_config: Any) -> None:
                 f"{limit}, from max_num_batched_tokens",
                 value=[start, end],
             )
-    cache = vllm_config.cache_config
-    pool = (cache.num_gpu_blocks or 0) * (cache.block_size or 0)
-    if pool and prompt_len >= pool:
-        raise SpanError(
-            f"the prompt has {prompt_len} tokens and must stay in the KV cache whole; the limit is "
-            f"{pool - 1}, the cache's tokens less one",
-            field="prompt",
-            value=prompt_len,
-        )
 
 
 def _logprobs_option(options: dict[str, Any]) -> bool:
+    for key in options:
+        if key.startswith("prefix_lm") and key not in (SPANS_OPTION, LOGPROBS_OPTION):
+            raise SpanError(f"is unknown; there are {SPANS_OPTION} and {LOGPROBS_OPTION}", field=key, value=key)
     value = options.get(LOGPROBS_OPTION, False)
     if value in (True, False):
         return bool(value)
@@ -145,7 +169,7 @@ def _check_scoring(spans: Spans, prompt_len: int, params: Any, allow_inside: boo
     if holes and len(hidden) < prompt_len - start:
         return
     span = next(s for s in spans if s[0] < hidden[0] < s[1])
-    raise VLLMValidationError(
+    raise RequestError(
         f"prompt_logprobs: the scored token at position {hidden[0]} lies inside the bidirectional span "
         f"[{span[0]}, {span[1]}), where the model already sees it. Close the span before the tokens to score "
         f"({SPANS_OPTION}), or set {LOGPROBS_OPTION}=true to get the numbers anyway",

@@ -8,7 +8,7 @@ from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from hrm_text.spans import Spans
-from hrm_vllm.attention import DecodeGraphsOnly
+from hrm_vllm.attention import SpanSplitting
 from hrm_vllm.spans import rule_of, spans_of
 
 
@@ -19,7 +19,7 @@ class RowSpans(ModelSpecificAttnMetadata):
         self.rows = rows
 
     def get_extra_attn_kwargs(self, attn_metadata_builder: Any, num_reqs: int) -> dict[str, Any]:
-        return {"row_spans": self.rows} if isinstance(attn_metadata_builder, DecodeGraphsOnly) else {}
+        return {"row_spans": self.rows} if isinstance(attn_metadata_builder, SpanSplitting) else {}
 
 
 class HrmTextModelState(DefaultModelState):

@@ -5,6 +5,9 @@ from typing import Any
 from vllm.config import ModelConfig
 
 from hrm_text.spans import Envelope, SpanRule, Spans, request_spans
+from hrm_vllm import ARCHITECTURE
+
+MODEL_TYPE = "hrm_text"
 
 # Set on the HF config by the config hook, so that every process has it.
 RULE_ATTRIBUTE = "hrm_text_span_rule"
@@ -23,6 +26,20 @@ def rule_of(model_config: ModelConfig) -> SpanRule | None:
         return None
     envelope = Envelope(*stored["envelope"]) if stored["envelope"] else None
     return SpanRule(envelope, stored["prefix_lm"])
+
+
+def require_rule(model_config: ModelConfig) -> None:
+    """Refuse HRM-Text under another architecture, whose class knows no spans and would serve it causally.
+
+    Raises:
+        ValueError: `--model-impl transformers`, or a config.json that names another class.
+    """
+    if model_config.hf_config.model_type == MODEL_TYPE and rule_of(model_config) is None:
+        raise ValueError(
+            f"HRM-Text: architecture {model_config.architecture} (--model-impl {model_config.model_impl}) is not "
+            f"supported: only {ARCHITECTURE} masks prompts as the model was trained; unset --model-impl, and name "
+            "that class in config.json's architectures"
+        )
 
 
 def spans_of(prompt_ids: list[int] | None, sampling_params: Any, rule: SpanRule) -> Spans:

@@ -11,6 +11,8 @@ from hrm_text.names import nano_path
 from hrm_vllm.spans import rule_of
 from tests.conftest import TINY, make_checkpoint
 
+pytestmark = pytest.mark.cpu
+
 
 def configure(model: str, **options: Any) -> Any:
     return EngineArgs(model=model, **options).create_engine_config()
@@ -36,6 +38,13 @@ def test_nano_by_name() -> None:
     assert config.model_config.served_model_name == "hrm-text-nano"
     rule = rule_of(config.model_config)
     assert rule is not None and rule.envelope == (6, 7) and rule.prefix_lm
+
+
+def test_the_envelope_is_known_without_a_tokenizer() -> None:
+    """The same prompt must not mean something else to an engine that takes token ids only."""
+    for option in ("skip_tokenizer_init", "tokens_only"):
+        rule = rule_of(configure("hrm-text-nano", **{option: True}).model_config)
+        assert rule is not None and rule.envelope == (6, 7), option
 
 
 def test_nano_by_name_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,6 +106,7 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
     "kv_transfer_config": {"kv_transfer_config": {"kv_connector": "LMCacheConnectorV1", "kv_role": "kv_both"}},
     "enable-prompt-embeds": {"enable_prompt_embeds": True},
     "--runner": {"runner": "pooling"},
+    "--model-impl": {"model_impl": "transformers"},
 }
 
 
@@ -104,6 +114,11 @@ BAD_OPTIONS: dict[str, dict[str, Any]] = {
 def test_an_option_that_would_be_wrong_in_silence_is_refused(tiny: str, named: str) -> None:
     with pytest.raises(ValueError, match=named):
         configure(tiny, skip_tokenizer_init=True, **BAD_OPTIONS[named])
+
+
+def test_another_class_in_the_config_is_refused(edited: Any) -> None:
+    with pytest.raises(ValueError, match="architectures"):
+        configure(edited(architectures=["OtherForCausalLM"]), skip_tokenizer_init=True)
 
 
 def test_a_backend_with_one_causal_flag_a_batch_is_refused() -> None:

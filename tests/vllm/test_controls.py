@@ -8,6 +8,8 @@ from tests.vllm.engine import Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
 from tests.vllm.test_prefix_cache import P, prompt
 
+pytestmark = pytest.mark.cpu
+
 LONG = prompt(200, seed=3)
 # What each sabotage breaks: requests served one after the other.
 BROKEN_BY: dict[str, list[Ask]] = {

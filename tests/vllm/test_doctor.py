@@ -5,6 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+pytestmark = pytest.mark.cpu
+
 
 def doctor(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
     command = str(Path(sys.executable).with_name("hrm-text"))

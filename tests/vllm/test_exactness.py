@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tests.vllm.engine import Ask, Engine
 from tests.vllm.mixes import TOLERANCE, asks, worst_deviation
 
+pytestmark = pytest.mark.cpu
+
 BUDGET = 96  # tokens a step: also the longest span, so chunks are as tight as they can be
 # No shrinking: an engine that failed once is not the engine the next example should meet.
 COMMON = settings(

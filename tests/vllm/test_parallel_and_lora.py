@@ -13,6 +13,8 @@ from tests.vllm.engine import Answer, Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
 from tests.vllm.test_prefix_cache import prompt
 
+pytestmark = pytest.mark.cpu
+
 ASKS = [
     Ask(prompt(120), (0, 50, 60, 110), 8),
     Ask(prompt(60, seed=2), None, 8),

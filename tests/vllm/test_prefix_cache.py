@@ -9,6 +9,8 @@ import torch
 from tests.vllm.engine import Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
 
+pytestmark = pytest.mark.cpu
+
 BLOCK = 32
 
 

@@ -23,6 +23,8 @@ from hrm_text.oracle import load_reference, token_logprobs
 from hrm_text.spans import envelope_spans
 from tests.vllm.mixes import TOLERANCE
 
+pytestmark = pytest.mark.cpu
+
 QUESTION = "Tom has 3 boxes with 4 apples each. He gives away 5 apples. How many apples are left?"
 COT = {"chat_template_kwargs": {"condition": "synth,cot"}}
 
@@ -226,6 +228,12 @@ BAD: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         {"prompt": [30] * 600, "max_tokens": 1, "vllm_xargs": {"prefix_lm_spans": [0, 600]}},
         ["prefix_lm_spans", "600", "512", "max_num_batched_tokens"],
     ),
+    "prompt over the pool, which holds a whole model length": (
+        "/v1/completions",
+        {"prompt": [30] * 1100, "max_tokens": 1, "vllm_xargs": {"prefix_lm_spans": [0, 1100]}},
+        ["1024"],
+    ),
+    "misspelt option": ("/v1/completions", spans(0, 4, prefix_lm_span=1), ["prefix_lm_span:", "prefix_lm_spans"]),
     "scores inside a span": (
         "/v1/completions",
         {"prompt": list(range(20, 60)), "max_tokens": 1, "echo": True, "logprobs": 0},
@@ -256,6 +264,7 @@ BAD: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         ["tools"],
     ),
+    "seed on a CPU": ("/v1/completions", {"prompt": "x", "seed": 5, "temperature": 1.0}, ["seed", "5", "CPU"]),
     "beam search": ("/v1/completions", {"prompt": "x", "use_beam_search": True, "n": 2}, ["use_beam_search"]),
 }
 

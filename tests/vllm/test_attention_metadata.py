@@ -1,0 +1,145 @@
+"""Split batches, over a plain torch kernel that reads the metadata as the real kernels document it.
+
+The GPU suite runs the kernels themselves; here the splitting of both kinds of backend is compared with
+the mask's definition for any batch: spans, context from the cache, decodes, padding rows.
+"""
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+
+from hrm_text.spans import Spans, attention_allowed
+from hrm_vllm.attention import _dynamic_causal_builder, step_spans
+from hrm_vllm.flash_attention import _builder, _impl
+from tests.vllm.mixes import spans_for
+
+BLOCK, HEADS, DIM = 4, 2, 8
+
+
+class Kernel:
+    """Paged attention by definition: a sequence's queries are its last tokens; `causal` is one flag or one each."""
+
+    def forward(
+        self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
+    ) -> Any:
+        for row in range(len(metadata.seq_lens)):
+            first, last = int(metadata.query_start_loc[row]), int(metadata.query_start_loc[row + 1])
+            length = int(metadata.seq_lens[row])
+            if first == last:
+                continue
+            slots = metadata.block_table[row][: math.ceil(length / BLOCK)]
+            keys, values = (kv_cache[i][slots].reshape(-1, HEADS, DIM)[:length] for i in (0, 1))
+            scores = torch.einsum("qhd,khd->hqk", query[first:last], keys)
+            causal = metadata.causal if isinstance(metadata.causal, bool) else bool(metadata.causal[row])
+            if causal:
+                positions = torch.arange(length - (last - first), length)
+                scores.masked_fill_(torch.arange(length)[None, :] > positions[:, None], -torch.inf)
+            output[first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), values)
+        return output
+
+
+class Builder:
+    @classmethod
+    def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
+        return AttentionCGSupport.ALWAYS
+
+    def build_for_cudagraph_capture(self, common: CommonAttentionMetadata) -> Any:
+        return self.build(0, common)
+
+    def build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Any:
+        fields = ("query_start_loc", "seq_lens", "block_table_tensor", "causal", "max_query_len", "num_actual_tokens")
+        metadata = SimpleNamespace(**{field: getattr(common, field) for field in fields}, max_num_splits=0)
+        metadata.block_table = metadata.block_table_tensor
+        return metadata
+
+
+BACKENDS = {
+    "one flag a call": (_builder(Builder), _impl(Kernel)),
+    "a flag a sequence": (_dynamic_causal_builder(Builder), Kernel),
+}
+
+
+@st.composite
+def rows(draw: st.DrawFn) -> tuple[int, int, Spans]:
+    """(context, query tokens, spans) of a row whose step ends at no span's inside."""
+    length = draw(st.integers(1, 24))
+    flat = draw(spans_for(length, 12))
+    spans = tuple(zip(flat[::2], flat[1::2], strict=True))
+    ends = [e for e in range(1, length + 1) if not any(s < e < t for s, t in spans)]
+    end = draw(st.sampled_from(ends))
+    return draw(st.integers(0, end - 1)), end, tuple(s for s in spans if s[1] - s[0] > 1)
+
+
+def batch_of(drawn: list[tuple[int, int, Spans]], padding: int) -> tuple[CommonAttentionMetadata, torch.Tensor]:
+    lengths = [end - context for context, end, _ in drawn] + [0] * padding
+    query_start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+    seq_lens = torch.tensor([end for _, end, _ in drawn] + [0] * padding, dtype=torch.int32)
+    blocks = math.ceil(24 / BLOCK)
+    table = torch.randperm(blocks * len(seq_lens)).reshape(len(seq_lens), blocks).to(torch.int32)
+    common = CommonAttentionMetadata(
+        query_start_loc=torch.from_numpy(query_start),
+        query_start_loc_cpu=torch.from_numpy(query_start),
+        seq_lens=seq_lens,
+        seq_lens_cpu_upper_bound=seq_lens.clone(),
+        num_reqs=len(seq_lens),
+        num_actual_tokens=int(query_start[-1]),
+        max_query_len=max(lengths),
+        max_seq_len=24,
+        block_table_tensor=table,
+        slot_mapping=torch.zeros(1),
+    )
+    return common, torch.randn(2, blocks * len(seq_lens), BLOCK, HEADS, DIM)
+
+
+def expected_output(drawn: list[tuple[int, int, Spans]], common: Any, cache: torch.Tensor, query: torch.Tensor) -> Any:
+    output = torch.zeros_like(query)
+    for row, (context, end, spans) in enumerate(drawn):
+        first = int(common.query_start_loc[row])
+        keys, values = (cache[i][common.block_table_tensor[row]].reshape(-1, HEADS, DIM)[:end] for i in (0, 1))
+        allowed = torch.tensor([[attention_allowed(spans, i, j) for j in range(end)] for i in range(context, end)])
+        scores = torch.einsum("qhd,khd->hqk", query[first : first + end - context], keys)
+        weights = scores.masked_fill(~allowed, -torch.inf).softmax(-1)
+        output[first : first + end - context] = torch.einsum("hqk,khd->qhd", weights, values)
+    return output
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+@settings(max_examples=150, deadline=None)
+@given(drawn=st.lists(rows(), min_size=1, max_size=5), padding=st.integers(0, 2), seed=st.integers(0, 99))
+def test_any_batch_equals_the_mask(kind: str, drawn: list[tuple[int, int, Spans]], padding: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    builder, kernel = (cls() for cls in BACKENDS[kind])
+    common, cache = batch_of(drawn, padding)
+    query = torch.randn(common.num_actual_tokens, HEADS, DIM)
+    metadata = builder.build(0, common, row_spans=[spans for *_, spans in drawn])
+    output = torch.full_like(query, torch.nan)
+    kernel.forward(None, query, None, None, cache, metadata, output)
+    torch.testing.assert_close(output, expected_output(drawn, common, cache, query))
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_decodes_are_left_to_the_stock_builder(kind: str) -> None:
+    builder = BACKENDS[kind][0]()
+    common, _ = batch_of([(9, 10, ((0, 10),)), (5, 6, ())], 0)
+    metadata = builder.build(0, common, row_spans=[((0, 10),), ()])
+    assert metadata.block_table is common.block_table_tensor and metadata.seq_lens is common.seq_lens
+    assert not hasattr(metadata, "prefix_lm_calls")
+    captured = builder.build_for_cudagraph_capture(common)
+    assert captured.seq_lens is common.seq_lens and captured.causal == metadata.causal
+    assert builder.get_cudagraph_support(None, None) == AttentionCGSupport.UNIFORM_BATCH
+
+
+@pytest.mark.parametrize("kind", BACKENDS)
+def test_a_batch_without_spans_handed_over_is_an_error(kind: str) -> None:
+    common, _ = batch_of([(0, 4, ())], 0)
+    with pytest.raises(RuntimeError, match="did not take hold"):
+        BACKENDS[kind][0]().build(0, common)
+    with step_spans([()]):
+        BACKENDS[kind][0]().build(0, common)
