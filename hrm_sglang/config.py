@@ -31,6 +31,7 @@ REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_kv_cache_sharding", (False, None), "KV cache sharding is not supported"),
     ("dcp_size", (1, None), "decode context parallelism is not supported"),
     ("pp_size", (1, None), "pipeline parallelism is not supported; use tensor parallelism"),
+    ("enable_lora", (False, None), "LoRA is not supported in SGLang yet"),
     ("is_embedding", (False, None), "embedding is not supported, only generation"),
     ("page_size", (1, None), "the page size must be 1, or a cache hit could end inside a span's first keys"),
     ("radix_cache_backend", (None, CACHE), "another radix cache is not supported"),

@@ -8,10 +8,10 @@ from hrm_text.envelope import ChatEncoder
 from hrm_text.spans import (
     LOGPROBS_OPTION,
     SPANS_OPTION,
-    SpanError,
     SpanRule,
     Spans,
     flatten,
+    logprobs_option,
     request_spans,
     scored_inside,
 )
@@ -37,14 +37,18 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         for field in ("session_params", "session_id", "positional_embed_overrides", "multi_item_delimiter_indices"):
             if getattr(obj, field, None):
                 raise ValueError(f"{field}: is not supported for HRM-Text: a request's spans must be known whole")
+        if (obj.sampling_params or {}).get("beam_width"):
+            raise ValueError("beam_width: beam search is not supported for HRM-Text; use n with a temperature")
         _check_token_ids(input_ids, self.model_config.vocab_size)
         request = original(self, obj, input_text, input_ids, *args, **kwargs)
+        if not hasattr(request, "return_logprob"):
+            raise ValueError("HRM-Text: embedding is not supported, only generation")
         params = request.sampling_params
         options = params.custom_params or {}
         # SGLang may have cut the prompt; what it sends is what counts.
         prompt = request.input_ids
         spans = request_spans(prompt, options, rule)
-        allow_inside = _logprobs_option(options)
+        allow_inside = logprobs_option(options)
         if request.return_logprob and not allow_inside:
             _check_scoring(spans, len(prompt), request.logprob_start_len)
         params.custom_params = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
@@ -74,18 +78,14 @@ def encoder_of(manager: Any) -> ChatEncoder | None:
 
 
 def _check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
+    for token in prompt_ids:
+        if not isinstance(token, int):
+            raise ValueError(f"prompt: must hold token ids, got {token!r}")
     for token in (min(prompt_ids), max(prompt_ids)):
         if not 0 <= token < vocab_size:
             raise ValueError(
                 f"prompt: token id {token} is out of vocabulary; the limit is {vocab_size - 1}, from vocab_size"
             )
-
-
-def _logprobs_option(options: dict[str, Any]) -> bool:
-    value = options.get(LOGPROBS_OPTION, False)
-    if value in (True, False):
-        return bool(value)
-    raise SpanError(f"must be true or false, got {value!r}", field=LOGPROBS_OPTION, value=value)
 
 
 def _check_scoring(spans: Spans, prompt_len: int, start: int | None) -> None:

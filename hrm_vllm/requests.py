@@ -18,6 +18,7 @@ from hrm_text.spans import (
     Spans,
     envelope_spans,
     flatten,
+    logprobs_option,
     request_spans,
     scored_inside,
 )
@@ -60,7 +61,7 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         try:
             spans = request_spans(request.prompt_token_ids, options, rule)
             _check_length(spans, self.vllm_config)
-            allow_inside = _logprobs_option(options)
+            allow_inside = logprobs_option(options)
         except SpanError as error:
             raise RequestError(str(error), parameter=error.field, value=error.value) from error
         if rule.prefix_lm and options.get(SPANS_OPTION) is None:
@@ -144,16 +145,6 @@ def _check_length(spans: Spans, vllm_config: Any) -> None:
                 f"{limit}, from max_num_batched_tokens",
                 value=[start, end],
             )
-
-
-def _logprobs_option(options: dict[str, Any]) -> bool:
-    for key in options:
-        if key.startswith("prefix_lm") and key not in (SPANS_OPTION, LOGPROBS_OPTION):
-            raise SpanError(f"is unknown; there are {SPANS_OPTION} and {LOGPROBS_OPTION}", field=key, value=key)
-    value = options.get(LOGPROBS_OPTION, False)
-    if value in (True, False):
-        return bool(value)
-    raise SpanError(f"must be true or false, got {value!r}", field=LOGPROBS_OPTION, value=value)
 
 
 def _check_scoring(spans: Spans, prompt_len: int, params: Any, allow_inside: bool) -> None:

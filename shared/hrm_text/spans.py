@@ -80,6 +80,21 @@ def request_spans(prompt_ids: Sequence[int], options: Mapping[str, Any] | None, 
     return tuple(span for span in spans if span[1] - span[0] > 1)
 
 
+def logprobs_option(options: Mapping[str, Any]) -> bool:
+    """`prefix_lm_span_logprobs` of a request's options.
+
+    Raises:
+        SpanError: it is not a boolean, or another option of our prefix is a misspelt one.
+    """
+    for key in options:
+        if key.startswith("prefix_lm") and key not in (SPANS_OPTION, LOGPROBS_OPTION):
+            raise SpanError(f"is unknown; there are {SPANS_OPTION} and {LOGPROBS_OPTION}", field=key, value=key)
+    value = options.get(LOGPROBS_OPTION, False)
+    if value in (True, False):
+        return bool(value)
+    raise SpanError(f"must be true or false, got {value!r}", field=LOGPROBS_OPTION, value=value)
+
+
 def parse_spans(flat: object, prompt_len: int) -> Spans:
     """Validate a flat list of half-open spans against a prompt of `prompt_len` tokens.
 

@@ -2,7 +2,4 @@
 
 import importlib.util
 
-import pytest
-
-if importlib.util.find_spec("sglang") is None:
-    pytest.skip("SGLang is not installed in this environment", allow_module_level=True)
+collect_ignore_glob = ["test_*.py"] if importlib.util.find_spec("sglang") is None else []
