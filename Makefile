@@ -7,6 +7,8 @@ ARGS ?=
 
 SETUP := $(PYTHON) tools/setup_env.py
 BIN := .venv/vllm/bin
+SERVE_vllm := vllm serve --model $(MODEL)
+SERVE_sglang := python -m sglang.launch_server --model-path $(MODEL)
 
 .PHONY: help serve test lint bench clean
 
@@ -18,7 +20,7 @@ help:  ## list the targets
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
 serve:  ## start an OpenAI-compatible server on MODEL at PORT
 	@$(SETUP) $(ENGINE)
-	@PATH="$(CURDIR)/$(BIN):$$PATH" exec $(BIN)/vllm serve --model $(MODEL) --port $(PORT) $(ARGS)
+	@PATH="$(CURDIR)/.venv/$(ENGINE)/bin:$$PATH" exec .venv/$(ENGINE)/bin/$(SERVE_$(ENGINE)) --port $(PORT) $(ARGS)
 
 test:  ## run the tests; ARGS="-k spans" and the like go to pytest
 	@$(SETUP) vllm --dev

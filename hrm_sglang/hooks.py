@@ -17,7 +17,7 @@ class HookError(hooks.HookError):
     def __init__(self, hook: str, reason: str) -> None:
         from sglang.version import __version__
 
-        super().__init__("hrm_sglang", f"SGLang {__version__}", "SGLang 0.5.20 to 0.5.23", hook, reason)
+        super().__init__("hrm_sglang", f"SGLang {__version__}", "SGLang 0.5.22 and 0.5.23", hook, reason)
 
 
 def _package() -> Path:

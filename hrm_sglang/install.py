@@ -60,6 +60,24 @@ def all_hooks() -> list[Hook]:
         expect("configuration", "srt/arg_groups/model_hook.py", 'getattr(hf_config, "prefix_lm", True)'),
         _radix_cache(),
         *(
+            expect("radix cache keys", "srt/mem_cache/unified_radix_cache.py", f"    def {method}(self")
+            for method in ("match_prefix", "insert", "checkpoint_into_tree", "touch_prefix")
+        ),
+        # Where the chunk hooks lend the adder an aligned number of tokens.
+        expect("memory budget", "srt/managers/schedule_policy.py", "self.memory_budget.available_chunk_tokens("),
+        expect(
+            "backend by name",
+            "srt/model_executor/model_runner_components/attention_backend_setup.py",
+            "ATTENTION_BACKENDS[backend_str](model_runner)",
+        ),
+        # The methods that our backends take the place of.
+        expect("torch attention", "srt/layers/attention/torch_native_backend.py", "self._run_sdpa_forward_extend("),
+        expect(
+            "triton attention",
+            "srt/layers/attention/triton_backend.py",
+            "self.extend_attention_fwd = torch.compiler.disable(extend_attention_fwd)",
+        ),
+        *(
             wrap(
                 f"attention backend {name}",
                 f"sglang.srt.layers.attention.attention_registry:ATTENTION_BACKENDS.{name}",

@@ -29,15 +29,17 @@ CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 VERIFY = """
+import importlib
 import sys
 from importlib.metadata import entry_points, version
 import torch
 from transformers import HrmTextForCausalLM
-import vllm
-version("vllm")
-(plugin,) = entry_points(group="vllm.general_plugins", name="hrm_text")
+engine, group = ("sglang", "sglang.srt.plugins") if sys.argv[1] == "sglang" else ("vllm", "vllm.general_plugins")
+importlib.import_module(engine)
+version(engine)
+(plugin,) = entry_points(group=group, name="hrm_text")
 plugin.load()
-if sys.argv[1] == "vllm" and not torch.cuda.is_available():
+if sys.argv[1] != "vllm-cpu" and not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU: is its driver too old?")
 """
 
