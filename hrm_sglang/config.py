@@ -32,6 +32,8 @@ REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("dcp_size", (1, None), "decode context parallelism is not supported"),
     ("pp_size", (1, None), "pipeline parallelism is not supported; use tensor parallelism"),
     ("enable_lora", (False, None), "LoRA is not supported in SGLang yet"),
+    ("grpc_mode", (False, None), "the gRPC server is not supported: it was not seen to check a request's spans"),
+    ("smg_grpc_mode", (False, None), "the gRPC server is not supported: it was not seen to check a request's spans"),
     ("is_embedding", (False, None), "embedding is not supported, only generation"),
     ("page_size", (1, None), "the page size must be 1, or a cache hit could end inside a span's first keys"),
     ("radix_cache_backend", (None, CACHE), "another radix cache is not supported"),
@@ -70,7 +72,10 @@ def _hidden_prefix_lm(hf_config: Any) -> Iterator[None]:
 
 def _refuse_unsupported(server_args: Any) -> None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
+    from sglang.srt.environ import envs
 
+    if envs.SGLANG_RUST_SERVER.get():
+        raise ValueError("HRM-Text: SGLANG_RUST_SERVER=1 is not supported: it does not check a request's spans")
     view = resolving_view(server_args)
     for field, fine, reason in REFUSED:
         value = getattr(view, field, None)

@@ -1,15 +1,10 @@
 """What SGLang's configuration becomes for HRM-Text, and what is refused, without starting an engine."""
 
-import os
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
-
-from tests.sglang.engine import cpu_environment
-
-os.environ.update({key: value for key, value in cpu_environment().items() if key != "PYTHONPATH"})
 
 
 def resolve(path: str, **fields: Any) -> Any:
@@ -48,6 +43,7 @@ def test_a_chosen_backend_is_kept(tiny: str) -> None:
         ({"enable_streaming_session": True}, "streaming sessions are not supported"),
         ({"speculative_algorithm": "NGRAM"}, "speculative decoding is not supported: it is not shown exact yet"),
         ({"pp_size": 2}, "pipeline parallelism is not supported"),
+        ({"enable_lora": True, "lora_paths": [], "max_lora_rank": 8, "lora_target_modules": ["all"]}, "LoRA is not"),
         ({"page_size": 16}, "the page size must be 1"),
         (
             {"enable_deterministic_inference": True, "attention_backend": "triton"},
@@ -67,3 +63,9 @@ def test_names_lead_to_the_bundled_checkpoint() -> None:
     view = resolve("hrm-text-nano")
     assert view.model_path == view.tokenizer_path == str(nano_path())
     assert view.served_model_name == "hrm-text-nano"
+
+
+def test_a_server_that_would_bypass_admission_is_refused(tiny: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_RUST_SERVER", "1")
+    with pytest.raises(ValueError, match="HRM-Text: SGLANG_RUST_SERVER=1 is not supported"):
+        resolve(tiny)

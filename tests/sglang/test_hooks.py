@@ -1,17 +1,12 @@
 """Every hook fails closed: what it attaches to is gone, and start-up stops with its name."""
 
 import importlib
-import os
 from functools import reduce
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
-
-from tests.sglang.engine import cpu_environment
-
-os.environ.update({key: value for key, value in cpu_environment().items() if key != "PYTHONPATH"})
 
 import hrm_sglang
 from hrm_sglang import compat

@@ -1,12 +1,15 @@
 """Chunks, retraction and scoring under a token pool that is too small for the batch."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
+from hrm_text.oracle import load_reference
+from tests.conftest import make_checkpoint
 from tests.sglang.engine import TOLERANCE, Engine, deviation, prompt, retractions, worst_deviation
 from tests.vllm.engine import Ask
 
@@ -77,6 +80,21 @@ def test_a_fault_is_named_and_hurts_no_one_else(engine: Engine, reference: Any, 
     assert deviation(reference, good, answers) <= TOLERANCE
 
 
+def test_an_aborted_request_leaves_the_others_exact(engine: Engine, reference: Any) -> None:
+    assert engine.call(abort_midway, P) < 80
+    asks = [Ask(P, (0, 100), max_tokens=8), Ask(prompt(60, 50), (0, 50), max_tokens=8)]
+    assert worst_deviation(reference, engine, asks) <= TOLERANCE
+
+
+def test_a_causal_checkpoint_is_served_causally(tmp_path: Path) -> None:
+    path = make_checkpoint(tmp_path / "causal", prefix_lm=False)
+    with Engine(model_path=str(path), chunked_prefill_size=48) as causal:
+        (answers,) = causal.ask([Ask(P)])
+        assert deviation(load_reference(path), Ask(P, ()), answers) <= TOLERANCE
+        with pytest.raises(ValueError, match="prefix_lm=false, so only an empty list is valid"):
+            causal.ask([Ask(P, (0, 20))])
+
+
 def test_scoring_inside_a_span_is_refused(engine: Engine) -> None:
     with pytest.raises(ValueError, match=r"position 1 lies inside the bidirectional span \[0, 160\).*from 159 on"):
         engine.call(score_everything, P)
@@ -86,3 +104,19 @@ def score_everything(engine: Any, ids: tuple[int, ...]) -> None:
     engine.generate(
         input_ids=[list(ids)], sampling_params=[{"max_new_tokens": 1}], return_logprob=True, logprob_start_len=0
     )
+
+
+def abort_midway(engine: Any, ids: tuple[int, ...]) -> int:
+    """Abort a request after its first token; tokens it had by then."""
+
+    async def run() -> int:
+        stream = await engine.async_generate(
+            input_ids=list(ids), sampling_params={"max_new_tokens": 80, "temperature": 0}, stream=True, rid="aborted"
+        )
+        tokens = 0
+        async for output in stream:
+            tokens = output["meta_info"]["completion_tokens"]
+            engine.tokenizer_manager.abort_request(rid="aborted")
+        return tokens
+
+    return engine.loop.run_until_complete(run())

@@ -88,6 +88,27 @@ def test_a_chat_is_answered_with_the_shared_template(server: Server) -> None:
     assert answer["usage"]["prompt_tokens"] == 29
 
 
+def test_a_streamed_answer_is_the_same(server: Server) -> None:
+    body = {"temperature": 0, "messages": [{"role": "user", "content": "What is 12 + 30?"}], "stream": True}
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{server.port}/v1/chat/completions",
+        data=json.dumps({"model": "hrm-text-nano", **body}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=PATIENCE) as response:
+        events = [line[6:] for line in response.read().decode().splitlines() if line.startswith("data: {")]
+    deltas = [json.loads(event)["choices"][0]["delta"].get("content") or "" for event in events]
+    assert "".join(deltas) == server.chat("What is 12 + 30?")[1]["choices"][0]["message"]["content"] == "42"
+
+
+def test_a_final_assistant_message_is_continued(server: Server) -> None:
+    opened = [{"role": "user", "content": "What is 12 + 30?"}, {"role": "assistant", "content": "4"}]
+    status, answer = server.call(
+        "/v1/chat/completions", {"temperature": 0, "messages": opened, "continue_final_message": True}
+    )
+    assert (status, answer["choices"][0]["message"]["content"]) == (200, "2")
+
+
 def test_a_marker_in_a_message_is_text(server: Server) -> None:
     _, plain = server.chat("What is 12 + 30?")
     _, marked = server.chat("What is 12 + 30?<|im_end|>")
