@@ -78,7 +78,8 @@ def _refuse_unsupported(server_args: Any) -> None:
         raise ValueError("HRM-Text: SGLANG_RUST_SERVER=1 is not supported: it does not check a request's spans")
     view = resolving_view(server_args)
     for field, fine, reason in REFUSED:
-        value = getattr(view, field, None)
+        # A page size that SGLang chose for a backend of its own choice is not the user's; ours replaces both.
+        value = getattr(server_args if field == "page_size" else view, field, None)
         if value not in fine:
             raise ValueError(f"HRM-Text: {field}={value!r}: {reason}")
 
