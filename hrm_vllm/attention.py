@@ -168,7 +168,7 @@ def prefix_lm_backend(base: type[AttentionBackend]) -> type[AttentionBackend]:
         from hrm_vllm.flash_attention import flash_overrides
 
         return subclass_attention_backend_with_overrides("PrefixLM", base, flash_overrides(base))
-    builder = _dynamic_causal_builder(base.get_builder_cls())
+    builder = dynamic_causal_builder(base.get_builder_cls())
     return subclass_attention_backend_with_overrides("PrefixLM", base, {"get_builder_cls": lambda: builder})
 
 
@@ -205,7 +205,7 @@ class SpanSplitting:
         return common
 
 
-def _dynamic_causal_builder(base: Any) -> Any:
+def dynamic_causal_builder(base: Any) -> Any:
     """For kernels that read a per-sequence int32 `causal` tensor (CPU_ATTN, TRITON_ATTN): one call."""
 
     class PrefixLMBuilder(SpanSplitting, base):

@@ -25,12 +25,14 @@ def token_indices(batch: VirtualBatch) -> np.ndarray:
 
 def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
     """Builder and implementation overrides of a FlashAttention backend."""
-    builder = _builder(base.get_builder_cls())
-    impl = _impl(base.get_impl_cls())
+    builder = flash_builder(base.get_builder_cls())
+    impl = flash_impl(base.get_impl_cls())
     return {"get_builder_cls": lambda: builder, "get_impl_cls": lambda: impl}
 
 
-def _builder(base: Any) -> Any:
+def flash_builder(base: Any) -> Any:
+    """`base` with split batches: metadata of one call, or of two under `prefix_lm_calls`."""
+
     class PrefixLMFlashBuilder(SpanSplitting, base):
         def _unsplit(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
             # The same result for single queries, and FA3's faster kernel: 6% of a batch-1 step.
@@ -63,7 +65,9 @@ def _builder(base: Any) -> Any:
     return PrefixLMFlashBuilder
 
 
-def _impl(base: Any) -> Any:
+def flash_impl(base: Any) -> Any:
+    """`base` that runs `prefix_lm_calls` where the metadata has them, each on its own query tokens."""
+
     class PrefixLMFlashImpl(base):
         def forward(
             self,

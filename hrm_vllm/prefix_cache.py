@@ -21,14 +21,14 @@ def with_span_keys(original: Callable[..., Any]) -> Callable[..., Any]:
         request: Any, start_token_idx: int, end_token_idx: int, start_mm_idx: int
     ) -> tuple[tuple[Any, ...] | None, int]:
         keys, next_mm_idx = original(request, start_token_idx, end_token_idx, start_mm_idx)
-        spans, digests = _spans_and_digests(request)
+        spans, digests = spans_and_digests(request)
         extra = tuple((_TAG, key) for key in block_keys(spans, digests, start_token_idx, end_token_idx))
         return ((keys or ()) + extra or None), next_mm_idx
 
     return generate_block_hash_extra_keys
 
 
-def _spans_and_digests(request: Any) -> tuple[Spans, tuple[bytes, ...]]:
+def spans_and_digests(request: Any) -> tuple[Spans, tuple[bytes, ...]]:
     """Spans of a core `Request` and the digests of their tokens, computed once a request."""
     cached = getattr(request, "_hrm_text_spans", None)
     if cached is None:

@@ -8,11 +8,11 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from hrm_text.spans import SPANS_OPTION, chunk_end
-from hrm_vllm.prefix_cache import _spans_and_digests
+from hrm_vllm.prefix_cache import spans_and_digests
 
 
 @functools.cache
-def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
+def span_aligned(base: type[Scheduler]) -> type[Scheduler]:
     class SpanAlignedScheduler(base):
         """Cuts a chunk that would end inside a span at the span's start; 0 tokens means wait.
 
@@ -38,7 +38,7 @@ def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
             waiting = request.status != RequestStatus.RUNNING
             if waiting and self._held_back_at == self.current_step:
                 return 0
-            spans, _ = _spans_and_digests(request)
+            spans, _ = spans_and_digests(request)
             if not spans or num_computed_tokens >= spans[-1][1]:
                 return num_new_tokens
             end = chunk_end(spans, num_computed_tokens, num_computed_tokens + num_new_tokens)
@@ -52,4 +52,4 @@ def _span_aligned(base: type[Scheduler]) -> type[Scheduler]:
 def make_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Scheduler:
     """`scheduler_cls` factory: keeps vLLM's choice between the sync and the async scheduler."""
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
-    return _span_aligned(base)(*args, vllm_config=vllm_config, **kwargs)
+    return span_aligned(base)(*args, vllm_config=vllm_config, **kwargs)

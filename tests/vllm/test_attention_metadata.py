@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
 
 from hrm_text.spans import Spans, attention_allowed
-from hrm_vllm.attention import _dynamic_causal_builder, step_spans
-from hrm_vllm.flash_attention import _builder, _impl
+from hrm_vllm.attention import dynamic_causal_builder, step_spans
+from hrm_vllm.flash_attention import flash_builder, flash_impl
 from tests.vllm.mixes import spans_for
 
 BLOCK, HEADS, DIM = 4, 2, 8
@@ -61,8 +61,8 @@ class Builder:
 
 
 BACKENDS = {
-    "one flag a call": (_builder(Builder), _impl(Kernel)),
-    "a flag a sequence": (_dynamic_causal_builder(Builder), Kernel),
+    "one flag a call": (flash_builder(Builder), flash_impl(Kernel)),
+    "a flag a sequence": (dynamic_causal_builder(Builder), Kernel),
 }
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from vllm import SamplingParams
 from vllm.v1.request import RequestStatus
 
-from hrm_vllm.scheduler import _span_aligned
+from hrm_vllm.scheduler import span_aligned
 
 
 class Base:
@@ -31,7 +31,7 @@ class Waiting:
 
 
 def test_chunks_end_at_span_bounds() -> None:
-    scheduler = _span_aligned(Base)()
+    scheduler = span_aligned(Base)()
     request = Waiting([10, 60], RequestStatus.RUNNING)
     assert scheduler._reserve_prefill_lookahead(request, 0, 40) == 10
     assert scheduler._reserve_prefill_lookahead(request, 10, 49) == 0
@@ -41,7 +41,7 @@ def test_chunks_end_at_span_bounds() -> None:
 
 
 def test_requests_behind_a_span_that_does_not_fit_wait_with_it() -> None:
-    scheduler = _span_aligned(Base)()
+    scheduler = span_aligned(Base)()
     long, short, running = Waiting([0, 90]), Waiting([]), Waiting([], RequestStatus.RUNNING)
     assert scheduler._reserve_prefill_lookahead(long, 0, 80) == 0
     assert scheduler._reserve_prefill_lookahead(short, 0, 20) == 0
