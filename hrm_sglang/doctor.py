@@ -2,11 +2,17 @@
 
 import logging
 import os
-from typing import Any
 
-from hrm_text.config import ConfigError, HrmTextShape, read_config
-from hrm_text.doctor import DoctorError, Finding, model_findings, require_entry_point
-from hrm_text.names import resolve_model
+from hrm_text.doctor import (
+    DoctorError,
+    Finding,
+    check_hooks,
+    half_of_free_memory,
+    model_findings,
+    named,
+    read_model,
+    require_entry_point,
+)
 
 
 def diagnose(model: str) -> list[Finding]:
@@ -29,13 +35,10 @@ def diagnose(model: str) -> list[Finding]:
         raise DoctorError(str(error)) from error
     from hrm_sglang.install import all_hooks
 
-    hooks = all_hooks()
-    for hook in hooks:
-        if not hook.holds():
-            raise DoctorError(f"hook '{hook.name}' did not take hold in SGLang {__version__}")
+    engine = f"SGLang {__version__}"
     return [
-        Finding("engine", f"SGLang {__version__}"),
-        Finding("hooks that hold", ", ".join(hook.name for hook in hooks)),
+        Finding("engine", engine),
+        check_hooks(all_hooks(), engine),
         *_model_findings(model),
     ]
 
@@ -43,26 +46,11 @@ def diagnose(model: str) -> list[Finding]:
 def _model_findings(model: str) -> list[Finding]:
     import torch
 
-    shape, dtype = _read(model)
+    shape, dtype = read_model(model)
     on_gpu = torch.cuda.is_available()
-    free = torch.cuda.mem_get_info()[0] if on_gpu else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+    free = torch.cuda.mem_get_info()[0] if on_gpu else half_of_free_memory()
     return [
-        Finding("model", f"{model} ({resolve_model(model)})" if resolve_model(model) != model else model),
+        named(model),
         Finding("attention backend", "triton" if on_gpu else "torch_native"),
         *model_findings(shape, str(dtype).removeprefix("torch."), dtype.itemsize, free),
     ]
-
-
-def _read(model: str) -> tuple[HrmTextShape, Any]:
-    """Shape and torch dtype of a checkpoint."""
-    import torch
-    from transformers import PretrainedConfig
-
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(resolve_model(model))
-        if raw.get("model_type") != "hrm_text":
-            raise DoctorError(f"model {model!r} is of type {raw.get('model_type')!r}, not hrm_text")
-        shape = read_config(raw)
-    except (OSError, ConfigError, ValueError) as error:
-        raise DoctorError(f"model {model!r} cannot be served: {error}") from error
-    return shape, getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")

@@ -8,6 +8,7 @@ from hrm_sglang import ARCHITECTURE, compat, config, model_names
 from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, with_spans
 from hrm_sglang.config import CACHE
 from hrm_sglang.hooks import Hook, HookError, expect, wrap
+from hrm_text.hooks import install_all
 
 logger = logging.getLogger("sglang.srt.hrm_sglang")
 
@@ -116,8 +117,5 @@ def install() -> None:
         HookError: SGLang's version is not supported, or a hook did not take hold.
     """
     compat.check_version()
-    for hook in all_hooks():
-        hook.install()
-        if not hook.holds():
-            raise HookError(hook.name, "what it rests on is not there")
+    install_all(all_hooks(), HookError)
     logger.debug("hrm_sglang: all hooks hold")

@@ -12,7 +12,7 @@ from torch import nn
 from hrm_sglang.layers import SglangLayers
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.model import HrmTextBody
-from hrm_text.weights import PACKED_MODULES, target_of
+from hrm_text.weights import PACKED_MODULES, load_into
 
 
 class HrmTextForCausalLM(nn.Module):
@@ -58,17 +58,7 @@ class HrmTextForCausalLM(nn.Module):
             ValueError: a tensor has no parameter to go to, or a parameter no tensor.
         """
         parameters = dict(self.named_parameters())
-        loaded: set[str] = set()
-        for disk_name, tensor in weights:
-            name, shard = target_of(disk_name)
-            if name.startswith("lm_head.") and self.shape.tie_word_embeddings:
-                continue
-            if name not in parameters:
-                raise ValueError(f"checkpoint tensor {disk_name!r} has no place in HRM-Text (looked for {name!r})")
-            parameter = parameters[name]
-            loader = getattr(parameter, "weight_loader", default_weight_loader)
-            loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)
-            loaded.add(name)
+        loaded = load_into(parameters, weights, default_weight_loader, self.shape.tie_word_embeddings)
         missing = sorted(parameters.keys() - loaded)
         if missing:
             raise ValueError(

@@ -2,11 +2,17 @@
 
 import logging
 import os
-from typing import Any
 
-from hrm_text.config import ConfigError, HrmTextShape, read_config
-from hrm_text.doctor import DoctorError, Finding, model_findings, require_entry_point
-from hrm_text.names import resolve_model
+from hrm_text.doctor import (
+    DoctorError,
+    Finding,
+    check_hooks,
+    half_of_free_memory,
+    model_findings,
+    named,
+    read_model,
+    require_entry_point,
+)
 
 
 def diagnose(model: str) -> list[Finding]:
@@ -32,13 +38,10 @@ def diagnose(model: str) -> list[Finding]:
         raise DoctorError(str(error)) from error
     from hrm_vllm.install import all_hooks
 
-    hooks = all_hooks()
-    for hook in hooks:
-        if not hook.holds():
-            raise DoctorError(f"hook '{hook.name}' did not take hold in vLLM {vllm.__version__}")
+    engine = f"vLLM {vllm.__version__}"
     return [
-        Finding("engine", f"vLLM {vllm.__version__}"),
-        Finding("hooks that hold", ", ".join(dict.fromkeys(hook.name for hook in hooks))),
+        Finding("engine", engine),
+        check_hooks(all_hooks(), engine),
         *_platform_findings(model),
     ]
 
@@ -47,7 +50,7 @@ def _platform_findings(model: str) -> list[Finding]:
     import torch
     from vllm.platforms import current_platform
 
-    shape, dtype = _read(model)
+    shape, dtype = read_model(model)
     on_cpu = current_platform.is_cpu()
     if on_cpu:
         backend = "CPU_ATTN"
@@ -57,30 +60,13 @@ def _platform_findings(model: str) -> list[Finding]:
         available, total = torch.cuda.mem_get_info()
         free = int(available - 0.08 * total)
     return [
-        Finding("model", f"{model} ({resolve_model(model)})" if resolve_model(model) != model else model),
+        named(model),
         Finding("attention backend", backend),
         *model_findings(shape, str(dtype).removeprefix("torch."), dtype.itemsize, free),
     ]
 
 
-def _read(model: str) -> tuple[HrmTextShape, Any]:
-    """Shape and torch dtype of a checkpoint."""
-    import torch
-    from transformers import PretrainedConfig
-
-    try:
-        raw, _ = PretrainedConfig.get_config_dict(resolve_model(model))
-        if not raw:
-            raise DoctorError(f"model {model!r}: no config.json there")
-        if raw.get("model_type") != "hrm_text":
-            raise DoctorError(f"model {model!r} is of type {raw.get('model_type')!r}, not hrm_text")
-        shape = read_config(raw)
-    except (OSError, ConfigError, ValueError) as error:
-        raise DoctorError(f"model {model!r} cannot be served: {error}") from error
-    return shape, getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
-
-
 def _cpu_cache_bytes() -> int:
-    """KV cache of a CPU server: what the environment says, else half of the memory that is free."""
+    """KV cache of a CPU server: what the environment says, else an expectation."""
     gib = os.environ.get("VLLM_CPU_KVCACHE_SPACE")
-    return int(gib) << 30 if gib else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2
+    return int(gib) << 30 if gib else half_of_free_memory()

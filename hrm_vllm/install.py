@@ -2,6 +2,7 @@
 
 from vllm.logger import init_logger
 
+from hrm_text.hooks import install_all
 from hrm_vllm import ARCHITECTURE, compat
 from hrm_vllm.config import HrmTextConfigHook
 from hrm_vllm.hooks import Hook, HookError, expect, wrap
@@ -105,8 +106,5 @@ def install() -> None:
         HookError: vLLM's version is not supported, or a hook did not take hold.
     """
     compat.check_version()
-    for hook in all_hooks():
-        hook.install()
-        if not hook.holds():
-            raise HookError(hook.name, "what it rests on is not there")
+    install_all(all_hooks(), HookError)
     logger.debug("hrm_vllm: all hooks hold")

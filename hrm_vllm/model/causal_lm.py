@@ -16,7 +16,7 @@ from vllm.sequence import IntermediateTensors
 
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.model import HrmTextBody
-from hrm_text.weights import PACKED_MODULES, target_of
+from hrm_text.weights import PACKED_MODULES, load_into
 from hrm_vllm.model.layers import VllmLayers
 
 
@@ -110,18 +110,5 @@ class HrmTextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         Raises:
             ValueError: a tensor has no parameter to go to; vLLM refuses parameters left unloaded.
         """
-        parameters = dict(self.named_parameters())
-        loaded: set[str] = set()
-        for disk_name, tensor in weights:
-            name, shard = target_of(disk_name)
-            if name.startswith("lm_head.") and (
-                self.shape.tie_word_embeddings or isinstance(self.lm_head, PPMissingLayer)
-            ):
-                continue
-            if name not in parameters:
-                raise ValueError(f"checkpoint tensor {disk_name!r} has no place in HRM-Text (looked for {name!r})")
-            parameter = parameters[name]
-            loader = getattr(parameter, "weight_loader", default_weight_loader)
-            loader(parameter, tensor) if shard is None else loader(parameter, tensor, shard)
-            loaded.add(name)
-        return loaded
+        skip_lm_head = self.shape.tie_word_embeddings or isinstance(self.lm_head, PPMissingLayer)
+        return load_into(dict(self.named_parameters()), weights, default_weight_loader, skip_lm_head)

@@ -1,9 +1,14 @@
 """What `hrm-text doctor` reports: is the plugin active, and what will it serve how?"""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import entry_points
+from typing import Any
 
-from hrm_text.config import HrmTextShape
+from hrm_text.config import ConfigError, HrmTextShape, read_config
+from hrm_text.hooks import Hook
+from hrm_text.names import resolve_model
 
 SPAN_RULE = (
     "prefix_lm_spans of the request; else each <|im_start|>...<|im_end|> pair; else the whole prompt is one span"
@@ -60,3 +65,47 @@ def model_findings(shape: HrmTextShape, dtype: str, element_bytes: int, free_byt
         Finding("KV tokens that fit", f"about {tokens:,} in {free_bytes / 2**30:.1f} GiB"),
         Finding("span rule", SPAN_RULE if shape.prefix_lm else "none: the checkpoint has prefix_lm=false"),
     ]
+
+
+def check_hooks(hooks: Sequence[Hook], engine: str) -> Finding:
+    """That every hook holds now.
+
+    Raises:
+        DoctorError: one does not; the message names it and the engine.
+    """
+    for hook in hooks:
+        if not hook.holds():
+            raise DoctorError(f"hook '{hook.name}' did not take hold in {engine}")
+    return Finding("hooks that hold", ", ".join(dict.fromkeys(hook.name for hook in hooks)))
+
+
+def read_model(model: str) -> tuple[HrmTextShape, Any]:
+    """Shape and torch dtype of a checkpoint, by name, folder or Hub id.
+
+    Raises:
+        DoctorError: it is no HRM-Text, or one that cannot be served.
+    """
+    import torch
+    from transformers import PretrainedConfig
+
+    try:
+        raw, _ = PretrainedConfig.get_config_dict(resolve_model(model))
+        if not raw:
+            raise DoctorError(f"model {model!r}: no config.json there")
+        if raw.get("model_type") != "hrm_text":
+            raise DoctorError(f"model {model!r} is of type {raw.get('model_type')!r}, not hrm_text")
+        shape = read_config(raw)
+    except (OSError, ConfigError, ValueError) as error:
+        raise DoctorError(f"model {model!r} cannot be served: {error}") from error
+    return shape, getattr(torch, raw.get("dtype") or raw.get("torch_dtype") or "float32")
+
+
+def named(model: str) -> Finding:
+    """The model as it was typed, and where that leads."""
+    resolved = resolve_model(model)
+    return Finding("model", f"{model} ({resolved})" if resolved != model else model)
+
+
+def half_of_free_memory() -> int:
+    """Bytes of main memory that a KV cache on a CPU may be expected to get."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES") // 2

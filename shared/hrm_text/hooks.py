@@ -2,7 +2,7 @@
 
 import functools
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,3 +95,15 @@ def wrap_at(fault: Callable[[str, str], HookError], name: str, target: str, make
         return getattr(current(), _MARK, None) == name
 
     return Hook(name, install, holds)
+
+
+def install_all(hooks: Sequence[Hook], fault: Callable[[str, str], BaseException]) -> None:
+    """Install every hook and check it.
+
+    Raises:
+        whatever `fault(hook, reason)` makes, when one does not hold after that.
+    """
+    for hook in hooks:
+        hook.install()
+        if not hook.holds():
+            raise fault(hook.name, "what it rests on is not there")
