@@ -25,8 +25,8 @@ STUBS = str(ROOT / "tests/sglang/stubs")
 TOLERANCE = 1e-5
 EOS = 11
 RULE = SpanRule(envelope=None)
+CPU_DEFAULTS: dict[str, Any] = {"device": "cpu"}
 DEFAULTS: dict[str, Any] = {
-    "device": "cpu",
     "dtype": "float32",
     "skip_tokenizer_init": True,
     "log_level": "error",
@@ -56,18 +56,20 @@ class Engine:
     """`with Engine(model_path=path, ...) as engine: engine.ask([Ask(...)])`.
 
     Args:
+        on_gpu: whether it runs on a GPU, and so needs none of the stand-ins.
         env: environment of the process, beside the inherited one.
         kwargs: of `sglang.Engine`, over `DEFAULTS`.
     """
 
-    def __init__(self, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
-        added = {**cpu_environment(), **(env or {})}
+    def __init__(self, on_gpu: bool = False, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+        added = {**({} if on_gpu else cpu_environment()), **(env or {})}
+        kwargs = DEFAULTS | ({} if on_gpu else CPU_DEFAULTS) | kwargs
         before = {key: os.environ.get(key) for key in added}
         os.environ.update(added)
         try:
             context = mp.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, DEFAULTS | kwargs), daemon=False)
+            self._process = context.Process(target=_serve, args=(theirs, kwargs), daemon=False)
             self._process.start()
             theirs.close()
         finally:

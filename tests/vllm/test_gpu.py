@@ -1,24 +1,23 @@
 """The exactness suite in short on a GPU: Model Runner V2, CUDA graphs on, FLASH_ATTN and TRITON_ATTN.
 
-GPU kernels round differently from the oracle's, and FlashAttention has no float32 at all. The in-tree
-model's own deviation from the float32 oracle of the same weights, on requests that it masks rightly
-(the whole prompt one span, nothing cached or scored), is the yardstick for each dtype.
+`tests/yardstick.py` says what each dtype is compared with; FlashAttention has no float32 at all.
 """
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from hrm_text.oracle import load_reference, token_logprobs
+from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
-from tests.vllm.engine import Answer, Ask, Engine
+from tests.vllm.engine import Ask, Engine
 from tests.vllm.mixes import asks, deviation, true_spans
 from tests.vllm.test_prefix_cache import CASES, P, prompt, reset_cache
+from tests.yardstick import Yardstick, emitted_deviations
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -65,13 +64,6 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-class Yardstick(NamedTuple):
-    """Mean and largest deviation of the in-tree model where its mask is right."""
-
-    mean: float
-    largest: float
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(make_checkpoint(tmp_path_factory.mktemp("gpu"), "bfloat16", head_dim=64))
@@ -91,32 +83,17 @@ def engines(checkpoint: str) -> Iterator[dict[str, Engine]]:
         yield {name: stack.enter_context(engine) for name, engine in started.items()}
 
 
-def emitted_deviations(reference: Any, ask: Ask, answers: list[Answer]) -> list[float]:
-    """|log-prob - oracle's| of every emitted token."""
-    spans = true_spans(ask)
-    return [
-        abs(float(expected) - got)
-        for answer in answers
-        for expected, got in zip(
-            token_logprobs(reference, ask.prompt + answer.tokens, spans)[len(ask.prompt) - 1 :],
-            answer.logprobs,
-            strict=True,
-        )
-    ]
-
-
 @pytest.fixture(scope="module")
 def yardsticks(engines: dict[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
     whole = [Ask(prompt(length, seed), None, 12) for seed in range(8) for length in (5, 33, 64, 90, 150)]
     result = {}
     for name in ("in-tree float32", "in-tree bf16"):
         answers = engines[name].ask(whole)
-        values = [
-            v
+        result[name.split()[1]] = Yardstick.of(
+            value
             for ask, samples in zip(whole, answers, strict=True)
-            for v in emitted_deviations(gpu_reference, ask, samples)
-        ]
-        result[name.split()[1]] = Yardstick(sum(values) / len(values), max(values))
+            for value in emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples)
+        )
     print(f"\nyardsticks: {result}")
     return result
 
@@ -135,7 +112,7 @@ def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardst
     def serve(batch: list[Ask]) -> None:
         nonlocal worst
         for ask, samples in zip(batch, engines[name].ask(batch), strict=True):
-            emitted.extend(emitted_deviations(gpu_reference, ask, samples))
+            emitted.extend(emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples))
             worst = max(worst, deviation(gpu_reference, ask, samples))
 
     serve()

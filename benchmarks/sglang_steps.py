@@ -1,0 +1,141 @@
+"""SGLang with this plugin beside SGLang's in-tree model: decode steps, and what the radix cache saves.
+
+    python -m benchmarks.sglang_steps --out sglang_steps.json
+
+One run on one GPU with dummy weights of the 1B: an engine after the other, each in its own process with default
+options. A step is the difference between serving a batch for 72 and for 8 tokens a request, divided
+by 64, so that neither prefill nor what surrounds a request is in it; the smallest of the repeats is reported.
+"""
+
+import json
+import multiprocessing as mp
+import os
+import random
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+CONFIG = Path(__file__).parent / "hrm-text-1b"
+SHAPES = ((1, 128), (8, 128), (64, 512), (256, 256))  # batch, prompt tokens
+SHORT, LONG = 8, 72  # tokens a request
+TURNS, TURN_TOKENS, ANSWER_TOKENS = 5, 512, 64
+ENGINES: dict[str, dict[str, Any]] = {
+    "plugin triton": {"attention_backend": "triton"},
+    "plugin fa3": {"attention_backend": "fa3"},
+    "in-tree": {"plugins": "none"},
+}
+
+
+def tokens(count: int) -> list[int]:
+    """Random prompt tokens: no two prompts share a prefix."""
+    return [random.randrange(12, 60000) for _ in range(count)]
+
+
+def serve(engine: Any, prompts: list[list[int]], length: int, spans: list[int] | None = None) -> tuple[float, Any]:
+    """Seconds until every prompt has `length` tokens, and the outputs."""
+    params = {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True}
+    if spans is not None:
+        params["custom_params"] = {"prefix_lm_spans": spans}
+    began = time.perf_counter()
+    outputs = engine.generate(input_ids=prompts, sampling_params=params)
+    return time.perf_counter() - began, outputs
+
+
+def step_ms(engine: Any, batch: int, context: int) -> float:
+    """Milliseconds a decode step takes for `batch` requests of `context` prompt tokens."""
+    seconds = {}
+    for length in (SHORT, LONG):
+        seconds[length], _ = serve(engine, [tokens(context) for _ in range(batch)], length)
+    return 1000 * (seconds[LONG] - seconds[SHORT]) / (LONG - SHORT)
+
+
+def repeated_prompt(engine: Any) -> dict[str, Any]:
+    """Milliseconds to the first token of a prompt of 3,072 tokens, twice; and the cached tokens of the second."""
+    prompt = tokens(3072)
+    first, _ = serve(engine, [prompt], 1)
+    second, outputs = serve(engine, [prompt], 1)
+    return {
+        "first_ms": 1000 * first,
+        "again_ms": 1000 * second,
+        "cached_tokens": outputs[0]["meta_info"]["cached_tokens"],
+    }
+
+
+def chat(engine: Any) -> list[dict[str, Any]]:
+    """Milliseconds to the first token of each turn of a chat, user turns of 512 tokens and answers of 64."""
+    history: list[int] = []
+    spans: list[int] = []
+    turns = []
+    for _ in range(TURNS):
+        spans += [len(history), len(history) + TURN_TOKENS]
+        history += tokens(TURN_TOKENS)
+        ttft, outputs = serve(engine, [history], 1, spans)
+        _, answers = serve(engine, [history], ANSWER_TOKENS, spans)
+        turns.append({"ttft_ms": 1000 * ttft, "cached_tokens": outputs[0]["meta_info"]["cached_tokens"]})
+        history += answers[0]["output_ids"]
+    return turns
+
+
+def _measure(name: str, repeats: int, pipe: Any) -> None:
+    options = dict(ENGINES[name])
+    os.environ["SGLANG_PLUGINS"] = options.pop("plugins", "hrm_text")
+    began = time.perf_counter()
+    import sglang
+
+    engine = sglang.Engine(
+        model_path=str(CONFIG),
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        log_level="warning",
+        mem_fraction_static=0.8,
+        max_running_requests=256,
+        sampling_backend="pytorch",
+        cuda_graph_config={"decode": {"bs": [batch for batch, _ in SHAPES]}},
+        **options,
+    )
+    pipe.send(("startup_s", time.perf_counter() - began))
+    step_ms(engine, 2, 64)  # kernels that compile on their first use
+    for shape in SHAPES:
+        pipe.send((shape, [step_ms(engine, *shape) for _ in range(repeats)]))
+    repeated_prompt(engine)
+    pipe.send(("repeated prompt", repeated_prompt(engine)))
+    chat(engine)
+    pipe.send(("chat", chat(engine)))
+    engine.shutdown()
+    pipe.send(None)
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("sglang_steps.json"), repeats: int = 3
+) -> None:
+    """Measure every engine and print its steps beside the in-tree model's."""
+    report: dict[str, dict[str, Any]] = {}
+    for name in ENGINES:
+        context = mp.get_context("spawn")
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_measure, args=(name, repeats, theirs))
+        process.start()
+        theirs.close()
+        report[name] = {}
+        while (item := _receive(ours, name)) is not None:
+            report[name][str(item[0])] = item[1]
+            print(name, *item, flush=True)
+            out.write_text(json.dumps(report, indent=1))
+        process.join()
+    for shape in map(str, SHAPES):
+        best = {name: min(values[shape]) for name, values in report.items()}
+        ratios = {name: f"{best['in-tree'] / ms:.2f}x" for name, ms in best.items()}
+        print(f"batch, context {shape}: { ({name: f'{ms:.2f} ms' for name, ms in best.items()}) } faster: {ratios}")
+
+
+def _receive(pipe: Any, name: str) -> Any:
+    try:
+        return pipe.recv()
+    except EOFError:
+        raise SystemExit(f"benchmarks.sglang_steps: the engine {name!r} ended early; its own output says why") from None
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,166 @@
+"""The exactness suite in short on a GPU: decode CUDA graphs, radix cache and chunks on, Triton and FA3.
+
+`tests/yardstick.py` says what bf16 and float32 are compared with.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("sglang")
+
+from hrm_text.oracle import load_reference
+from tests.conftest import make_checkpoint
+from tests.sglang.engine import Engine, deviation, prompt, retractions, true_spans
+from tests.sglang.test_prefix_cache import CASES, P, flush
+from tests.vllm.engine import Ask
+from tests.vllm.mixes import asks
+from tests.yardstick import Yardstick, emitted_deviations
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
+
+COMMON = settings(
+    max_examples=12,
+    deadline=None,
+    derandomize=True,
+    phases=[Phase.generate],
+    suppress_health_check=list(HealthCheck),
+    print_blob=False,
+)
+GPU: dict[str, Any] = {
+    "on_gpu": True,
+    "chunked_prefill_size": 48,
+    "mem_fraction_static": 0.7,
+    # PyTorch's own sampler: the default one compiles its kernels when it first starts.
+    "sampling_backend": "pytorch",
+    "cuda_graph_config": {"decode": {"bs": [1, 2, 4, 8]}},
+}
+FLOAT32 = {"attention_backend": "triton", "dtype": "float32"}
+TRITON = {"attention_backend": "triton", "dtype": "bfloat16"}
+FLASH = {"attention_backend": "fa3", "dtype": "bfloat16"}
+IN_TREE = {"env": {"SGLANG_PLUGINS": "none"}}
+TIGHT = {"max_total_tokens": 360, "schedule_conservativeness": 0.1}
+OURS: dict[str, dict[str, Any]] = {
+    "triton float32": FLOAT32,
+    "triton float32 retraction": FLOAT32 | TIGHT,
+    "triton bf16": TRITON,
+    "fa3 bf16": FLASH,
+    "fa3 bf16 retraction": FLASH | TIGHT,
+    "fa3 bf16 mixed chunks": FLASH | {"enable_mixed_chunk": True},
+}
+OTHERS: dict[str, dict[str, Any]] = {"in-tree float32": FLOAT32 | IN_TREE, "in-tree bf16": TRITON | IN_TREE}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(make_checkpoint(tmp_path_factory.mktemp("gpu"), "bfloat16", head_dim=64))
+
+
+@pytest.fixture(scope="module")
+def gpu_reference(checkpoint: str) -> Any:
+    """Float32 arithmetic on the bf16 weights."""
+    return load_reference(checkpoint)
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: str) -> Iterator[dict[str, Engine]]:
+    """All engines, started together: most of a start is one core's work."""
+    started = {name: Engine(model_path=checkpoint, **(GPU | options)) for name, options in (OURS | OTHERS).items()}
+    with contextlib.ExitStack() as stack:
+        yield {name: stack.enter_context(engine) for name, engine in started.items()}
+
+
+@pytest.fixture(scope="module")
+def yardsticks(engines: dict[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
+    whole = [Ask(prompt(length, seed), None, 12) for seed in range(8) for length in (5, 33, 64, 90, 150)]
+    result = {}
+    for name in OTHERS:
+        answers = engines[name].ask(whole)
+        result[name.split()[1]] = Yardstick.of(
+            value
+            for ask, samples in zip(whole, answers, strict=True)
+            for value in emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples)
+        )
+    print(f"\nyardsticks: {result}")
+    return result
+
+
+def of_engine(name: str, yardsticks: dict[str, Yardstick]) -> Yardstick:
+    return yardsticks["bf16" if "bf16" in name else "float32"]
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
+    emitted: list[float] = []
+    worst = 0.0
+
+    @COMMON
+    @given(batch=st.lists(asks(longest_span=96), min_size=1, max_size=6))
+    def serve(batch: list[Ask]) -> None:
+        nonlocal worst
+        for ask, samples in zip(batch, engines[name].ask(batch), strict=True):
+            emitted.extend(emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples))
+            worst = max(worst, deviation(gpu_reference, ask, samples))
+
+    serve()
+    mean = sum(emitted) / len(emitted)
+    retracted = engines[name].call(retractions)
+    print(f"\n{name}: {len(emitted)} tokens, mean {mean:.2e}, worst {worst:.2e}, {retracted} retractions")
+    yardstick = of_engine(name, yardsticks)
+    assert mean <= 1.2 * yardstick.mean
+    assert worst <= 2 * yardstick.largest
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if "retraction" not in name])
+def test_cache_hits(
+    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+) -> None:
+    worst, hits = 0.0, 0
+    for first, second, cached in CASES.values():
+        engines[name].call(flush)
+        engines[name].ask([first])
+        (answers,) = engines[name].ask([second])
+        assert answers[0].cached == cached
+        hits += cached > 0
+        worst = max(worst, deviation(gpu_reference, second, answers))
+    print(f"\n{name}: {hits} hits, worst {worst:.2e}")
+    assert hits >= 6
+    assert worst <= 2 * of_engine(name, yardsticks).largest
+
+
+def test_next_turn_reuses_generated_tokens(
+    engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+) -> None:
+    engine = engines["triton float32"]
+    (answers,) = engine.ask([Ask(P[:50], (0, 50), max_tokens=60)])
+    second = Ask(P[:50] + answers[0].tokens + prompt(40, seed=9), (0, 50, 110, 150))
+    (again,) = engine.ask([second])
+    assert again[0].cached == 109
+    assert deviation(gpu_reference, second, again) <= 2 * yardsticks["float32"].largest
+
+
+def test_decode_graphs_are_captured(engines: dict[str, Engine]) -> None:
+    for name in OURS:
+        assert engines[name].call(decode_graphs) == ("full", [1, 2, 4, 8]), name
+    assert engines["in-tree bf16"].call(decode_graphs)[0] == "disabled"
+
+
+def decode_graphs(engine: Any) -> tuple[str, list[int]]:
+    """Backend and batch sizes of the decode graphs."""
+    decode = engine.get_server_info()["cuda_graph_config"]["decode"]
+    return decode["backend"], decode["bs"]
+
+
+def test_a_wrong_mask_would_show(
+    engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+) -> None:
+    """Negative control: the same prompt served causally is far from the oracle of one span."""
+    (answers,) = engines["triton float32"].ask([Ask(P, (), 8)])
+    worst = max(emitted_deviations(gpu_reference, P, ((0, len(P)),), answers))
+    print(f"\nserved causally: worst {worst:.2e}")
+    assert worst > 3 * yardsticks["float32"].largest
