@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hrm_sglang import lora
 from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, unsupported
 from hrm_sglang.spans import is_hrm_text
 from hrm_text.config import read_config
@@ -31,7 +32,6 @@ REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("enable_kv_cache_sharding", (False, None), "KV cache sharding is not supported"),
     ("dcp_size", (1, None), "decode context parallelism is not supported"),
     ("pp_size", (1, None), "pipeline parallelism is not supported; use tensor parallelism"),
-    ("enable_lora", (False, None), "LoRA is not supported in SGLang yet"),
     ("grpc_mode", (False, None), "the gRPC server is not supported: it was not seen to check a request's spans"),
     ("smg_grpc_mode", (False, None), "the gRPC server is not supported: it was not seen to check a request's spans"),
     ("is_embedding", (False, None), "embedding is not supported, only generation"),
@@ -84,6 +84,22 @@ def _refuse_unsupported(server_args: Any) -> None:
             raise ValueError(f"HRM-Text: {field}={value!r}: {reason}")
 
 
+def _lora_targets(view: Any) -> set[str] | None:
+    """Every projection takes adapters, whichever of them the user or the first adapters name.
+
+    SGLang would look for its own names, of which gate_proj leads to the MLP's alone.
+    """
+    if not view.enable_lora and (view.enable_lora is False or not view.lora_paths):
+        return view.lora_target_modules
+    for name in ("embed_tokens", "lm_head"):
+        if name in (view.lora_target_modules or ()):
+            raise ValueError(
+                f"HRM-Text: lora_target_modules={name!r} is not supported; adapters are for the projections "
+                "of the two stacks"
+            )
+    return set(lora.TARGETS)
+
+
 def _configure(server_args: Any) -> None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -103,6 +119,7 @@ def _configure(server_args: Any) -> None:
         attention_backend=chosen or default,
         radix_cache_backend=CACHE,
         page_size=1,
+        lora_target_modules=_lora_targets(view),
         # A prefill cut at span bounds has another shape each time; decode graphs stay.
         cuda_graph_config=with_phase(view.cuda_graph_config, Phase.PREFILL, backend=Backend.DISABLED),
     )

@@ -51,7 +51,7 @@ def _radix_cache() -> Hook:
 
 def all_hooks() -> list[Hook]:
     """Every hook this plugin needs."""
-    from hrm_sglang import chat, requests, scheduler, spans
+    from hrm_sglang import chat, lora, requests, scheduler, spans
 
     return [
         _model_class(),
@@ -107,6 +107,10 @@ def all_hooks() -> list[Hook]:
             "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
             scheduler.continuing,
         ),
+        wrap("LoRA layer numbers", "sglang.srt.lora.lora_manager:get_layer_id", lora.numbering),
+        wrap("LoRA checks", "sglang.srt.lora.lora_manager:LoRAManager.validate_new_adapter", lora.checking),
+        wrap("LoRA tensors", "sglang.srt.lora.lora:LoRAAdapter._process_weight", lora.reading),
+        wrap("LoRA stacking", "sglang.srt.lora.lora:LoRAAdapter._normalize_weights", lora.stacking),
     ]
 
 

@@ -9,6 +9,7 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
+from hrm_sglang import lora
 from hrm_sglang.layers import SglangLayers
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.model import HrmTextBody
@@ -37,6 +38,18 @@ class HrmTextForCausalLM(nn.Module):
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
+
+    def get_hidden_dim(self, module_name: str, layer_idx: int) -> tuple[int, int]:
+        """Input and output size of a projection, for SGLang's pool of LoRA adapters.
+
+        The pool has a place for each of `num_hidden_layers`, which counts KV slots; those behind the layers
+        of the two stacks take no memory.
+        """
+        return lora.sizes(self.shape, module_name) if layer_idx < 2 * self.shape.plan.layers_per_stack else (0, 0)
+
+    def get_stacked_multiply(self, module_name: str) -> int:
+        """Projections fused in one, for SGLang's pool of LoRA adapters."""
+        return lora.parts_of(module_name)
 
     @torch.no_grad()
     def forward(

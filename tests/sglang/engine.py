@@ -146,14 +146,16 @@ def retractions(engine: Any) -> int:
     return _retractions
 
 
-def generate(engine: Any, asks: list[Ask]) -> list[list[Answer]]:
-    """Serve `asks` with `engine`, in its process."""
+def generate(engine: Any, asks: list[Ask], adapters: Sequence[str | None] | None = None) -> list[list[Answer]]:
+    """Serve `asks` with `engine`, in its process; `adapters` are the LoRA adapters of each."""
     samples = [ask for ask in asks for _ in range(ask.n)]
+    names = [name for ask, name in zip(asks, adapters, strict=True) for _ in range(ask.n)] if adapters else None
     outputs = engine.generate(
         input_ids=[list(ask.prompt) for ask in samples],
         sampling_params=[_sampling(ask) for ask in samples],
         return_logprob=[True] * len(samples),
         logprob_start_len=[score_from(ask) for ask in samples],
+        lora_path=names,
     )
     global _retractions
     _retractions += sum(output["meta_info"].get("num_retractions") or 0 for output in outputs)

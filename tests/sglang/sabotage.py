@@ -42,3 +42,12 @@ def chunks_unaligned() -> None:
     from hrm_sglang import scheduler
 
     scheduler.chunk_end = lambda spans, start, end: end
+
+
+def lora_numbers_shared() -> None:
+    """Layer n of L and of H both number n for LoRA, as SGLang reads their names."""
+    from sglang.srt.layers.utils import get_layer_id
+
+    from hrm_sglang import lora
+
+    lora.number_of = get_layer_id

@@ -32,6 +32,15 @@ def test_a_chosen_backend_is_kept(tiny: str) -> None:
     assert resolve(tiny, attention_backend="triton").attention_backend == "triton"
 
 
+def test_every_projection_takes_adapters(tiny: str) -> None:
+    from hrm_sglang.lora import TARGETS
+
+    for named in ({"lora_target_modules": ["all"]}, {"lora_target_modules": ["q_proj"]}, {}):
+        view = resolve(tiny, enable_lora=True, max_lora_rank=8, **named)
+        assert view.lora_target_modules == set(TARGETS)
+    assert resolve(tiny).lora_target_modules is None
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -43,7 +52,10 @@ def test_a_chosen_backend_is_kept(tiny: str) -> None:
         ({"enable_streaming_session": True}, "streaming sessions are not supported"),
         ({"speculative_algorithm": "NGRAM"}, "speculative decoding is not supported: it is not shown exact yet"),
         ({"pp_size": 2}, "pipeline parallelism is not supported"),
-        ({"enable_lora": True, "lora_paths": [], "max_lora_rank": 8, "lora_target_modules": ["all"]}, "LoRA is not"),
+        (
+            {"enable_lora": True, "max_lora_rank": 8, "lora_target_modules": ["q_proj", "lm_head"]},
+            "lora_target_modules='lm_head' is not supported",
+        ),
         ({"page_size": 16}, "the page size must be 1"),
         (
             {"enable_deterministic_inference": True, "attention_backend": "triton"},

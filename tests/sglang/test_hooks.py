@@ -19,6 +19,10 @@ WRAPPED = {
     "first chunks": "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
     "further chunks": "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
     "chat": "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._process_messages",
+    "LoRA layer numbers": "sglang.srt.lora.lora_manager:get_layer_id",
+    "LoRA checks": "sglang.srt.lora.lora_manager:LoRAManager.validate_new_adapter",
+    "LoRA tensors": "sglang.srt.lora.lora:LoRAAdapter._process_weight",
+    "LoRA stacking": "sglang.srt.lora.lora:LoRAAdapter._normalize_weights",
 }
 
 
