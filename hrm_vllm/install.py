@@ -61,6 +61,12 @@ def all_hooks() -> list[Hook]:
         _chat_renderer(),
         wrap("model names", "vllm.engine.arg_utils:EngineArgs.create_engine_config", model_names.resolving),
         wrap("model names offline", "vllm.engine.arg_utils:get_model_path", model_names.resolving_path),
+        wrap(
+            "tokenizer names",
+            "vllm.tokenizers.registry:cached_resolve_tokenizer_args",
+            model_names.resolving_path,
+        ),
+        wrap("config names", "transformers:AutoConfig.from_pretrained", model_names.resolving_path),
         wrap("request spans", "vllm.v1.engine.input_processor:InputProcessor.process_inputs", requests.with_spans),
         wrap(
             "no beam search",

@@ -37,9 +37,13 @@ def resolving(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def resolving_path(original: Callable[..., Any]) -> Callable[..., Any]:
-    """For `arg_utils.get_model_path`, which `EngineArgs` calls first of all with HF_HUB_OFFLINE=1."""
+    """For functions that take a model's name or path first of all.
 
-    def get_model_path(model: Any, revision: str | None = None) -> Any:
-        return original(resolve_model(model) if isinstance(model, str) else model, revision)
+    `arg_utils.get_model_path` is what `EngineArgs` calls with HF_HUB_OFFLINE=1. lm-eval's backend, like other
+    programs around `LLM`, asks transformers for the configuration and vLLM for the tokenizer by the name it was given.
+    """
 
-    return get_model_path
+    def resolved(model: Any, *args: Any, **kwargs: Any) -> Any:
+        return original(resolve_model(model) if isinstance(model, str) else model, *args, **kwargs)
+
+    return resolved

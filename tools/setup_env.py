@@ -158,7 +158,7 @@ def plan(env: Environment, extra: str, dev: bool) -> list[Step]:
     says = "checking that everything can be imported (about 20 s)"
     steps.append(Step("verify", says, digest(VERIFY), lambda: verify(env, extra)))
     if dev:
-        tools = extras["dev"]
+        tools = [*extras["dev"], *extras["eval"]]
         steps.append(Step("dev", "installing the test tools", digest(tools), pip("install", *tools)))
     return steps
 
