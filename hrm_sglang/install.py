@@ -51,7 +51,7 @@ def _radix_cache() -> Hook:
 
 def all_hooks() -> list[Hook]:
     """Every hook this plugin needs."""
-    from hrm_sglang import chat, lora, requests, scheduler, spans
+    from hrm_sglang import chat, logprobs, lora, requests, scheduler, spans
 
     return [
         _model_class(),
@@ -106,6 +106,15 @@ def all_hooks() -> list[Hook]:
             "further chunks",
             "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
             scheduler.continuing,
+        ),
+        *(
+            wrap(
+                f"input log-probs {method}",
+                "sglang.srt.managers.scheduler_components.logprob_result_processor:"
+                f"SchedulerLogprobResultProcessor.{method}",
+                logprobs.hiding(lists),
+            )
+            for method, lists in logprobs.FILLED.items()
         ),
         wrap("LoRA layer numbers", "sglang.srt.lora.lora_manager:get_layer_id", lora.numbering),
         wrap("LoRA checks", "sglang.srt.lora.lora_manager:LoRAManager.validate_new_adapter", lora.checking),

@@ -1,5 +1,7 @@
 """Admission: every request gets its spans, or a 400 that names the fault."""
 
+import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -7,16 +9,21 @@ from hrm_sglang.spans import is_hrm_text
 from hrm_text.envelope import ChatEncoder
 from hrm_text.spans import (
     LOGPROBS_OPTION,
+    NO_ENVELOPE,
     SPANS_OPTION,
     SpanRule,
-    Spans,
+    check_scoring,
     flatten,
+    lacks_envelope,
     logprobs_option,
     request_spans,
-    scored_inside,
 )
 
+# Below "sglang", whose level and handler are the ones that the server's options set.
+logger = logging.getLogger("sglang.srt.hrm_sglang")
+
 _ENCODER = "_hrm_text_chat_encoder"
+_WARM_UP = "The capital city of France is"  # what SGLang 0.5.20 to 0.5.23 send themselves at start-up
 
 
 def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,6 +44,8 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         for field in ("session_params", "session_id", "positional_embed_overrides", "multi_item_delimiter_indices"):
             if getattr(obj, field, None):
                 raise ValueError(f"{field}: is not supported for HRM-Text: a request's spans must be known whole")
+        if getattr(obj, "token_indices_to_pool", None):
+            raise ValueError("token_indices_to_pool: is not supported for HRM-Text: it is not checked against spans")
         if (obj.sampling_params or {}).get("beam_width"):
             raise ValueError("beam_width: beam search is not supported for HRM-Text; use n with a temperature")
         _check_token_ids(input_ids, self.model_config.vocab_size)
@@ -49,8 +58,12 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         prompt = request.input_ids
         spans = request_spans(prompt, options, rule)
         allow_inside = logprobs_option(options)
-        if request.return_logprob and not allow_inside:
-            _check_scoring(spans, len(prompt), request.logprob_start_len)
+        start = request.logprob_start_len
+        if request.return_logprob and not allow_inside and start is not None and start >= 0:
+            # The entry at `start` itself is always empty.
+            check_scoring(spans, range(start + 1, len(prompt)), "logprob_start_len")
+        if lacks_envelope(prompt, options, rule) and not _is_servers_own(obj, request.rid):
+            _warn_without_envelope()
         params.custom_params = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
         return request
 
@@ -77,6 +90,19 @@ def encoder_of(manager: Any) -> ChatEncoder | None:
     return encoder
 
 
+def _is_servers_own(obj: Any, rid: str) -> bool:
+    """Whether SGLang itself sent this prompt: to warm up, or for `/health_generate`."""
+    from sglang.srt.constants import HEALTH_CHECK_RID_PREFIX
+
+    return getattr(obj, "text", None) == _WARM_UP or rid.startswith(HEALTH_CHECK_RID_PREFIX)
+
+
+@functools.cache
+def _warn_without_envelope() -> None:
+    """Once in a process."""
+    logger.warning(NO_ENVELOPE)
+
+
 def _check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
     for token in prompt_ids:
         if not isinstance(token, int):
@@ -85,18 +111,4 @@ def _check_token_ids(prompt_ids: Sequence[int], vocab_size: int) -> None:
         if not 0 <= token < vocab_size:
             raise ValueError(
                 f"prompt: token id {token} is out of vocabulary; the limit is {vocab_size - 1}, from vocab_size"
-            )
-
-
-def _check_scoring(spans: Spans, prompt_len: int, start: int | None) -> None:
-    """SGLang's input log-probs have no holes, so a scored token inside a span is refused."""
-    if start is None or start < 0:
-        return
-    for position in range(start + 1, prompt_len):
-        if scored_inside(spans, position):
-            span = next(s for s in spans if s[0] < position < s[1])
-            raise ValueError(
-                f"logprob_start_len: the scored token at position {position} lies inside the bidirectional span "
-                f"[{span[0]}, {span[1]}), where the model already sees it. Score from {span[1] - 1} on, or set "
-                f"{LOGPROBS_OPTION}=true in custom_params to get the numbers anyway"
             )

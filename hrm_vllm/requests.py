@@ -12,15 +12,15 @@ from vllm.sampling_params import BeamSearchParams
 
 from hrm_text.spans import (
     LOGPROBS_OPTION,
+    NO_ENVELOPE,
     SPANS_OPTION,
-    Envelope,
     SpanError,
     Spans,
-    envelope_spans,
+    check_scoring,
     flatten,
+    lacks_envelope,
     logprobs_option,
     request_spans,
-    scored_inside,
 )
 from hrm_vllm.spans import rule_of
 
@@ -62,12 +62,14 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
             spans = request_spans(request.prompt_token_ids, options, rule)
             _check_length(spans, self.vllm_config)
             allow_inside = logprobs_option(options)
+            scores = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+            if scores and not allow_inside:
+                _check_scoring(spans, len(request.prompt_token_ids), params)
         except SpanError as error:
             raise RequestError(str(error), parameter=error.field, value=error.value) from error
-        if rule.prefix_lm and options.get(SPANS_OPTION) is None:
-            _warn_without_envelope(request.prompt_token_ids, rule.envelope)
-        if params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None:
-            _check_scoring(spans, len(request.prompt_token_ids), params, allow_inside)
+        if lacks_envelope(request.prompt_token_ids, options, rule):
+            logger.warning_once(NO_ENVELOPE)
+        if scores:
             # Told to read the cache all the same, vLLM returns uninitialised memory for the cached tokens.
             params.skip_reading_prefix_cache = True
         params.extra_args = {**options, SPANS_OPTION: flatten(spans), LOGPROBS_OPTION: allow_inside}
@@ -147,33 +149,8 @@ def _check_length(spans: Spans, vllm_config: Any) -> None:
             )
 
 
-def _check_scoring(spans: Spans, prompt_len: int, params: Any, allow_inside: bool) -> None:
-    if allow_inside:
-        return
-    start = (params.prompt_logprob_start or 0) + 1
-    hidden = [p for p in range(start, prompt_len) if scored_inside(spans, p)]
-    if not hidden:
-        return
-    # Ordinary prompt log-probs can have holes: positions inside a span come back empty, and it is enough
-    # that one does not. The flat form and the table of fixed ids cannot.
+def _check_scoring(spans: Spans, prompt_len: int, params: Any) -> None:
+    # Ordinary prompt log-probs can have holes; the flat form and the table of fixed ids cannot.
     holes = not params.flat_logprobs and params.prompt_logprob_token_ids is None
-    if holes and len(hidden) < prompt_len - start:
-        return
-    span = next(s for s in spans if s[0] < hidden[0] < s[1])
-    raise RequestError(
-        f"prompt_logprobs: the scored token at position {hidden[0]} lies inside the bidirectional span "
-        f"[{span[0]}, {span[1]}), where the model already sees it. Close the span before the tokens to score "
-        f"({SPANS_OPTION}), or set {LOGPROBS_OPTION}=true to get the numbers anyway",
-        parameter="prompt_logprobs",
-        value=hidden[0],
-    )
-
-
-def _warn_without_envelope(prompt_ids: Sequence[int], envelope: Envelope | None) -> None:
-    if envelope is None or envelope_spans(prompt_ids, envelope):
-        return
-    logger.warning_once(
-        "A prompt came without HRM-Text's envelope (<|im_start|>, condition, text, <|im_end|>); it is taken "
-        "whole as one bidirectional span. The model was trained with the envelope: use /v1/chat/completions, "
-        "or wrap the text (hrm_text.envelope.wrap_prompt). This is logged once."
-    )
+    scored = range((params.prompt_logprob_start or 0) + 1, prompt_len)
+    check_scoring(spans, scored, "prompt_logprobs", holes)

@@ -17,6 +17,11 @@ Spans = tuple[Span, ...]
 SPANS_OPTION = "prefix_lm_spans"
 LOGPROBS_OPTION = "prefix_lm_span_logprobs"
 MAX_SPANS = 256
+NO_ENVELOPE = (
+    "A prompt came without HRM-Text's envelope (<|im_start|>, condition, text, <|im_end|>); it is taken "
+    "whole as one bidirectional span. The model was trained with the envelope: use /v1/chat/completions, "
+    "or wrap the text (hrm_text.envelope.wrap_prompt). This is logged once."
+)
 
 
 class SpanError(ValueError):
@@ -134,6 +139,12 @@ def parse_spans(flat: object, prompt_len: int) -> Spans:
     return spans
 
 
+def lacks_envelope(prompt_ids: Sequence[int], options: Mapping[str, Any], rule: SpanRule) -> bool:
+    """Whether the prompt fell to rule 3 although its tokenizer knows the envelope."""
+    by_rule = rule.prefix_lm and options.get(SPANS_OPTION) is None
+    return by_rule and rule.envelope is not None and not envelope_spans(prompt_ids, rule.envelope)
+
+
 def envelope_spans(ids: Sequence[int], envelope: Envelope | None) -> Spans:
     """Every `<|im_start|>` ... `<|im_end|>` pair of `ids`; an unclosed start opens nothing."""
     if envelope is None:
@@ -229,6 +240,34 @@ def scored_inside(spans: Spans, position: int) -> bool:
     Its log-prob is read at `position - 1`; inside a span that position already sees the token.
     """
     return any(start < position < end for start, end in spans)
+
+
+def check_scoring(spans: Spans, scored: range, field: str, holes: bool = True) -> None:
+    """Refuse a request for log-probs of prompt tokens that would get none.
+
+    Tokens inside a span come back empty where the engine's answer can have holes, and it is enough that
+    one token does not.
+
+    Args:
+        spans: of the request.
+        scored: positions of the tokens to score.
+        field: the request's field that asks for it.
+        holes: whether entries of the answer can be empty.
+
+    Raises:
+        SpanError: every scored token lies inside a span; without holes, one of them.
+    """
+    hidden = [position for position in scored if scored_inside(spans, position)]
+    if not hidden or (holes and len(hidden) < len(scored)):
+        return
+    start, end = next(span for span in spans if span[0] < hidden[0] < span[1])
+    raise SpanError(
+        f"the scored token at position {hidden[0]} lies inside the bidirectional span [{start}, {end}), where the "
+        f"model already sees it. Close the span before the tokens to score ({SPANS_OPTION}), or set "
+        f"{LOGPROBS_OPTION}=true to get the numbers anyway",
+        field=field,
+        value=hidden[0],
+    )
 
 
 def attention_allowed(spans: Spans, i: int, j: int) -> bool:

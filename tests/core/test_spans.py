@@ -18,9 +18,11 @@ from hrm_text.spans import (
     Spans,
     attention_allowed,
     block_keys,
+    check_scoring,
     chunk_end,
     envelope_spans,
     flatten,
+    lacks_envelope,
     parse_spans,
     pieces,
     request_spans,
@@ -314,6 +316,43 @@ def test_a_token_is_scored_inside_a_span_iff_its_predictor_sees_it(layout: tuple
     assert not scored_inside(spans, 0)
     for position in range(1, length + 1):
         assert scored_inside(spans, position) == attention_allowed(spans, position - 1, position)
+
+
+@pytest.mark.parametrize(
+    ("scored", "holes", "fault"),
+    [
+        (range(1, 20), True, None),  # 10 to 19 are left
+        (range(1, 11), True, None),
+        (range(1, 10), True, 1),
+        (range(9, 10), True, 9),
+        (range(10, 10), True, None),
+        (range(1, 20), False, 1),
+        (range(9, 20), False, 9),
+        (range(10, 20), False, None),
+    ],
+)
+def test_scoring_is_refused_when_nothing_would_come_back(scored: range, holes: bool, fault: int | None) -> None:
+    if fault is None:
+        check_scoring(((0, 10),), scored, "prompt_logprobs", holes)
+        return
+    with pytest.raises(SpanError, match=rf"prompt_logprobs: .*position {fault} lies inside .* \[0, 10\)"):
+        check_scoring(((0, 10),), scored, "prompt_logprobs", holes)
+
+
+@pytest.mark.parametrize(
+    ("ids", "options", "rule", "lacks"),
+    [
+        ([20, 21], {}, RULE, True),
+        ([6, 20, 7, 21], {}, RULE, False),
+        ([20, 21], {SPANS_OPTION: []}, RULE, False),
+        ([20, 21], {}, SpanRule(ENVELOPE, prefix_lm=False), False),
+        ([20, 21], {}, SpanRule(None), False),
+    ],
+)
+def test_an_envelope_is_missed_where_it_would_count(
+    ids: list[int], options: dict[str, Any], rule: SpanRule, lacks: bool
+) -> None:
+    assert lacks_envelope(ids, options, rule) is lacks
 
 
 def test_the_mask_by_example() -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from hrm_text.oracle import token_logprobs
-from hrm_text.spans import SPANS_OPTION, SpanRule, Spans, request_spans
+from hrm_text.spans import SPANS_OPTION, SpanRule, Spans, request_spans, scored_inside
 from tests.vllm.engine import Answer, Ask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -30,6 +30,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "skip_tokenizer_init": True,
     "log_level": "error",
+    "sleep_on_idle": True,  # else an idle scheduler keeps a core busy
     "max_total_tokens": 2048,
     "chunked_prefill_size": 96,
     "max_running_requests": 8,
@@ -154,21 +155,13 @@ def generate(engine: Any, asks: list[Ask], adapters: Sequence[str | None] | None
         input_ids=[list(ask.prompt) for ask in samples],
         sampling_params=[_sampling(ask) for ask in samples],
         return_logprob=[True] * len(samples),
-        logprob_start_len=[score_from(ask) for ask in samples],
+        logprob_start_len=[ask.score_from if ask.score else -1 for ask in samples],
         lora_path=names,
     )
     global _retractions
     _retractions += sum(output["meta_info"].get("num_retractions") or 0 for output in outputs)
     answers = iter(_answer(ask, output["meta_info"]) for ask, output in zip(samples, outputs, strict=True))
     return [[next(answers) for _ in range(ask.n)] for ask in asks]
-
-
-def score_from(ask: Ask) -> int:
-    """`logprob_start_len`: from the last span's last token on, or everything where the ask opts in."""
-    if not ask.score:
-        return -1
-    spans = true_spans(ask)
-    return 0 if ask.options.get("prefix_lm_span_logprobs") or not spans else spans[-1][1] - 1
 
 
 def _sampling(ask: Ask) -> dict[str, Any]:
@@ -186,10 +179,9 @@ def _sampling(ask: Ask) -> dict[str, Any]:
 def _answer(ask: Ask, meta: Mapping[str, Any]) -> Answer:
     scored = None
     if ask.score:
-        start = score_from(ask)
         behind = [logprob for logprob, *_ in meta["input_token_logprobs"]]
-        scored = (None,) * (len(ask.prompt) - len(behind)) + tuple(behind)
-        assert len(behind) == len(ask.prompt) - start and behind[0] is None
+        scored = (None,) * ask.score_from + tuple(behind)
+        assert len(scored) == len(ask.prompt)
     return Answer(
         tokens=tuple(token for _, token, *_ in meta["output_token_logprobs"]),
         logprobs=tuple(logprob for logprob, *_ in meta["output_token_logprobs"]),
@@ -206,13 +198,17 @@ def true_spans(ask: Ask) -> Spans:
 def deviation(reference: Any, ask: Ask, answers: Sequence[Answer]) -> float:
     """Largest |log-prob - oracle's| over every emitted token and every scored prompt token."""
     worst = 0.0
+    spans = true_spans(ask)
+    opted_in = ask.options.get("prefix_lm_span_logprobs", False)
     for answer in answers:
-        expected = token_logprobs(reference, ask.prompt + answer.tokens, true_spans(ask))
+        expected = token_logprobs(reference, ask.prompt + answer.tokens, spans)
         # With ignore_eos SGLang reserves every token at admission and never has to retract.
         assert len(answer.tokens) == ask.max_tokens or answer.tokens[-1] == EOS
         emitted = expected[len(ask.prompt) - 1 :]
         worst = max(worst, float((emitted - torch.tensor(answer.logprobs)).abs().max()))
         for position, logprob in enumerate(answer.prompt_logprobs or ()):
+            hidden = position <= ask.score_from or (scored_inside(spans, position) and not opted_in)
+            assert (logprob is None) == hidden, f"position {position} of spans {spans}"
             if logprob is not None:
                 worst = max(worst, abs(float(expected[position - 1]) - logprob))
     return worst

@@ -1,13 +1,14 @@
 """Every emitted and scored token equals the oracle's, over random mixes of requests and schedules."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.sglang.engine import TOLERANCE, Engine, worst_deviation
+from tests.sglang.engine import TOLERANCE, Engine, true_spans, worst_deviation
 from tests.vllm.engine import Ask
 from tests.vllm.mixes import asks
 
@@ -39,6 +40,8 @@ def engine(request: pytest.FixtureRequest, tiny: str) -> Iterator[Engine]:
 
 
 @COMMON
-@given(batch=st.lists(asks(longest_span=96), min_size=1, max_size=6))
-def test_mixes_equal_the_oracle(engine: Engine, reference: Any, batch: list[Ask]) -> None:
+@given(batch=st.lists(asks(longest_span=96), min_size=1, max_size=6), late=st.booleans())
+def test_mixes_equal_the_oracle(engine: Engine, reference: Any, batch: list[Ask], late: bool) -> None:
+    if late:  # scored from the last span's end on, so that the cache is read up to there
+        batch = [replace(ask, score_from=max(0, *(end - 1 for _, end in true_spans(ask)), 0)) for ask in batch]
     assert worst_deviation(reference, engine, batch) <= TOLERANCE

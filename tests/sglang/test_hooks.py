@@ -18,6 +18,8 @@ WRAPPED = {
     "requests by id": "sglang.srt.managers.schedule_batch:Req.__init__",
     "first chunks": "sglang.srt.managers.schedule_policy:PrefillAdder.add_one_req",
     "further chunks": "sglang.srt.managers.schedule_policy:PrefillAdder.add_chunked_req",
+    "input log-probs _process_input_top_logprobs": "sglang.srt.managers.scheduler_components."
+    "logprob_result_processor:SchedulerLogprobResultProcessor._process_input_top_logprobs",
     "chat": "sglang.srt.entrypoints.openai.serving_chat:OpenAIServingChat._process_messages",
     "LoRA layer numbers": "sglang.srt.lora.lora_manager:get_layer_id",
     "LoRA checks": "sglang.srt.lora.lora_manager:LoRAManager.validate_new_adapter",

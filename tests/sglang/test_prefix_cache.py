@@ -36,7 +36,8 @@ CASES = {
     "span grows beyond the shared tokens": (Ask(P[:100], (0, 100)), Ask(P, (0, 160)), 0),
     "same start, other tail of the span": (Ask(P, (0, 150)), Ask((*P[:149], 99, *P[150:]), (0, 150)), 0),
     "span after a shared causal run": (Ask(P, (100, 140)), Ask(P, (100, 150)), 100),
-    "the scored part is computed again": (Ask(P, (0, 40)), Ask(P, (0, 40), score=True), 39),
+    "the scored part is computed again": (Ask(P, (0, 40)), Ask(P, (0, 40), score=True, score_from=39), 39),
+    "so is a part of the span": (Ask(P, (0, 40)), Ask(P, (0, 40), score=True, score_from=38), 38),
 }
 
 

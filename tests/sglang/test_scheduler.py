@@ -49,9 +49,11 @@ def test_a_chunk_that_memory_clips_ends_at_a_span_bound(engine: Engine, referenc
         Ask(P, (), score=True),
         Ask(P, (0, 70), score=True),
         Ask(P, (0, 70, 90, 120), score=True),
+        Ask(P, (0, 70), score=True, score_from=69),
+        Ask(P, (0, 70), score=True, score_from=68),
         Ask(P, (0, 160), score=True, options={"prefix_lm_span_logprobs": True}),
     ],
-    ids=["causal", "behind a span", "behind two spans", "inside a span, opted in"],
+    ids=["causal", "all, a span", "all, two spans", "behind a span", "sgl.select", "inside a span, opted in"],
 )
 def test_input_logprobs_are_exact(engine: Engine, reference: Any, ask: Ask) -> None:
     for _ in range(2):  # again, with the cache filled
@@ -96,14 +98,31 @@ def test_a_causal_checkpoint_is_served_causally(tmp_path: Path) -> None:
 
 
 def test_scoring_inside_a_span_is_refused(engine: Engine) -> None:
-    with pytest.raises(ValueError, match=r"position 1 lies inside the bidirectional span \[0, 160\).*from 159 on"):
-        engine.call(score_everything, P)
+    with pytest.raises(
+        ValueError, match=r"logprob_start_len: the scored token at position 1 lies inside .* \[0, 160\)"
+    ):
+        engine.ask([Ask(P, score=True)])
 
 
-def score_everything(engine: Any, ids: tuple[int, ...]) -> None:
-    engine.generate(
-        input_ids=[list(ids)], sampling_params=[{"max_new_tokens": 1}], return_logprob=True, logprob_start_len=0
-    )
+def test_every_form_of_input_logprobs_has_the_holes(engine: Engine) -> None:
+    token, top, chosen = engine.call(every_form, P, [0, 70])
+    for entries in (token, top, chosen):
+        assert [index for index, entry in enumerate(entries) if entry is None] == list(range(70))
+        assert len(entries) == 160
+
+
+def every_form(engine: Any, ids: tuple[int, ...], spans: list[int]) -> tuple[list[Any], ...]:
+    """Log-probs of each input token, of the two best in its place, and of two chosen ids."""
+    meta = engine.generate(
+        input_ids=list(ids),
+        sampling_params={"max_new_tokens": 1, "custom_params": {"prefix_lm_spans": spans}},
+        return_logprob=True,
+        logprob_start_len=0,
+        top_logprobs_num=2,
+        token_ids_logprob=[20, 21],
+    )["meta_info"]
+    tokens = [logprob for logprob, *_ in meta["input_token_logprobs"]]
+    return tokens, meta["input_top_logprobs"], meta["input_token_ids_logprobs"]
 
 
 def abort_midway(engine: Any, ids: tuple[int, ...]) -> int:

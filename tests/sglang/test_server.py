@@ -1,4 +1,4 @@
-"""The server's contract over HTTP: names, chat, spans, and faults as 400s with the messages of the vLLM plugin."""
+"""The server's contract over HTTP: names, chat, spans, programs, and faults as 400s with the vLLM plugin's messages."""
 
 import json
 import os
@@ -9,13 +9,19 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
-from tests.sglang.engine import PATIENCE, cpu_environment
+from examples import sglang_program
+from hrm_text.envelope import ChatEncoder, wrap_prompt
+from hrm_text.names import nano_path
+from hrm_text.oracle import load_reference, token_logprobs
+from hrm_text.spans import envelope_spans
+from tests.sglang.engine import PATIENCE, TOLERANCE, cpu_environment
 
 QUESTION = "Tom has 3 boxes with 4 apples each. He gives away 5 apples. How many apples are left?"
 
@@ -23,22 +29,26 @@ QUESTION = "Tom has 3 boxes with 4 apples each. He gives away 5 apples. How many
 class Server:
     """`python -m sglang.launch_server --model-path hrm-text-nano` on a CPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, log: Path) -> None:
+        self.log = log
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = probe.getsockname()[1]
-        options = "--device cpu --dtype float32 --max-total-tokens 4096 --mem-fraction-static 0.3 --log-level error"
+        options = "--device cpu --dtype float32 --max-total-tokens 4096 --mem-fraction-static 0.3 --sleep-on-idle"
         command = ["-m", "sglang.launch_server", "--model-path", "hrm-text-nano", "--port", str(self.port)]
-        self.process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", *command, "--max-running-requests", "4", *options.split()],
-            env={**os.environ, **cpu_environment()},
-        )
+        with log.open("w") as sink:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", *command, "--max-running-requests", "4", *options.split()],
+                env={**os.environ, **cpu_environment()},
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+            )
 
     def wait(self) -> None:
         """Until it answers."""
         for _ in range(PATIENCE):
             if self.process.poll() is not None:
-                raise RuntimeError(f"the server ended with code {self.process.returncode}")
+                raise RuntimeError(f"the server ended with code {self.process.returncode}:\n{self.log.read_text()}")
             try:
                 if self.call("/v1/models")[0] == 200:
                     return
@@ -66,8 +76,8 @@ class Server:
 
 
 @pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    running = Server()
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    running = Server(tmp_path_factory.mktemp("server") / "log")
     try:
         running.wait()
         yield running
@@ -119,6 +129,47 @@ def test_raw_text_and_its_spans(server: Server) -> None:
     prompt = "<|im_start|><|object_ref_start|>What is 12 + 30?<|im_end|>"
     status, answer = server.call("/v1/completions", {"prompt": prompt, "temperature": 0, "max_tokens": 8})
     assert (status, answer["choices"][0]["text"]) == (200, "42")
+
+
+def test_a_missing_envelope_is_said_once(server: Server) -> None:
+    said = "came without HRM-Text's envelope"
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health_generate", timeout=PATIENCE) as response:
+        assert response.status == 200
+    assert said not in server.log.read_text(), "SGLang's own prompts are not the user's"
+    for _ in range(2):
+        status, _ = server.call("/v1/completions", {"prompt": "How many?", "temperature": 0, "max_tokens": 2})
+        assert status == 200
+    assert server.log.read_text().count(said) == 1
+
+
+def test_the_example_program_runs(
+    server: Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["sglang_program.py", "--url", f"http://127.0.0.1:{server.port}"])
+    sglang_program.main()
+    assert r"\boxed{7}" in (shown := capsys.readouterr().out)
+    assert "\n  B\n" in shown
+
+
+def test_select_goes_by_the_oracles_logprobs(server: Server) -> None:
+    """`sgl.select` scores from inside the span; what is in it comes back empty and does not count."""
+    import sglang
+    from transformers import AutoTokenizer
+
+    sglang.set_default_backend(sglang.RuntimeEndpoint(f"http://127.0.0.1:{server.port}"))
+    choices = ["A", "B", "red", "I think it is B."]
+    meta = sglang_program.choose.run(sglang_program.QUIZ, choices).get_meta_info("choice")
+    tokenizer = AutoTokenizer.from_pretrained(nano_path())
+    envelope, reference = ChatEncoder.of(tokenizer).envelope, load_reference(nano_path())
+    scores = zip(choices, meta["input_token_logprobs"], meta["normalized_prompt_logprobs"], strict=True)
+    for choice, entries, mean in scores:
+        ids = tokenizer.encode(wrap_prompt(sglang_program.QUIZ, "direct") + choice, add_special_tokens=False)
+        ((_, end),) = spans = envelope_spans(ids, envelope)
+        expected = token_logprobs(reference, ids, spans)[end - 1 :].tolist()
+        assert [logprob for logprob, *_ in entries[: -len(expected)]] == [None, None]
+        assert [token for _, token, *_ in entries[-len(expected) :]] == ids[end:]
+        assert [logprob for logprob, *_ in entries[2:]] == pytest.approx(expected, abs=TOLERANCE, rel=0)
+        assert mean == pytest.approx(sum(expected) / len(expected), abs=TOLERANCE, rel=0)
 
 
 @pytest.mark.parametrize(

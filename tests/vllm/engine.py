@@ -24,6 +24,7 @@ class Ask:
         score: also return prompt log-probs.
         options: further `extra_args`.
         sampling: further SamplingParams fields.
+        score_from: only prompt log-probs behind this position (SGLang's `logprob_start_len`).
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +34,7 @@ class Ask:
     score: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
     sampling: Mapping[str, Any] = field(default_factory=dict)
+    score_from: int = 0
 
 
 @dataclass(frozen=True)
