@@ -14,8 +14,8 @@ from threading import Thread
 import pytest
 
 import setup_env
-from environment import Environment, SetupError, Step
-from setup_env import check_machine, choose_extra, has_nvidia_gpu, torch_arguments
+from environment import Environment, SetupError, Step, Unavailable
+from setup_env import check_machine, check_sglang_wheel, choose_extra, has_nvidia_gpu, torch_arguments
 
 DISTRIBUTION = "hrm-text-serving"
 
@@ -90,6 +90,30 @@ def test_extra_follows_the_hardware(tmp_path: Path) -> None:
     assert choose_extra("sglang", gpu=True, adapters=tmp_path) == "sglang"
     with pytest.raises(SetupError, match="needs Linux with an NVIDIA GPU"):
         choose_extra("sglang", gpu=False, adapters=tmp_path)
+
+
+def test_sglangs_cpu_environment_is_the_tests_own() -> None:
+    """`make serve ENGINE=sglang` never takes it: without a GPU, SGLang runs but is not for serving."""
+    assert choose_extra("sglang-cpu", gpu=False) == choose_extra("sglang-cpu", gpu=True) == "sglang-cpu"
+
+
+@pytest.mark.parametrize(
+    ("python", "libc", "reason"),
+    [
+        ((3, 14), ("glibc", "2.39"), r"no wheel for Python 3\.14; the newest is 3\.13"),
+        ((3, 12), ("glibc", "2.31"), r"need glibc 2\.34, this system has 2\.31"),
+        ((3, 13), ("glibc", "2.34"), None),
+        ((3, 11), ("glibc", "3.0"), None),
+    ],
+)
+def test_a_machine_without_a_wheel_of_sglang_is_told(
+    python: tuple[int, int], libc: tuple[str, str], reason: str | None
+) -> None:
+    if reason is None:
+        check_sglang_wheel(python, libc)
+        return
+    with pytest.raises(Unavailable, match=reason):
+        check_sglang_wheel(python, libc)
 
 
 @pytest.mark.parametrize(
@@ -274,3 +298,16 @@ def test_plan_installs_cpu_torch_before_the_engine() -> None:
         *("venv", "torch", "engine", "cpu", "project", "verify", "dev")
     ]
     assert [s.name for s in setup_env.plan(env, "vllm", dev=False)] == ["venv", "engine", "project", "verify"]
+
+
+def test_plan_installs_sglang_for_a_cpu_without_its_cuda_packages(monkeypatch: pytest.MonkeyPatch) -> None:
+    env = Environment(setup_env.ROOT / ".venv/test")
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(env, "pip", lambda *arguments: called.append(arguments))
+    steps = {step.name: step for step in setup_env.plan(env, "sglang-cpu", dev=True)}
+    assert list(steps) == ["venv", "torch", "engine", "sglang", "project", "verify", "dev"]
+    steps["engine"].run()
+    steps["sglang"].run()
+    assert "transformers==5.19.0" in called[0]
+    assert not any(word.startswith(("sglang", "torch", "flashinfer")) for word in called[0])
+    assert called[1][:2] == ("install", "--no-deps") and called[1][2].startswith("sglang==")

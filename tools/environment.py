@@ -20,6 +20,10 @@ class SetupError(Exception):
     """A reason, in words for the user, why set-up cannot go on."""
 
 
+class Unavailable(SetupError):
+    """Nothing failed: what was asked for does not exist for this machine."""
+
+
 @dataclass(frozen=True)
 class Step:
     name: str

