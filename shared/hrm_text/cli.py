@@ -1,6 +1,8 @@
 """The `hrm-text` command."""
 
 import importlib.util
+import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,15 +10,10 @@ from rich.console import Console
 from rich.table import Table
 
 from hrm_text.doctor import DoctorError, Finding
-from hrm_text.names import NANO
+from hrm_text.names import HRM_TEXT_1B, NANO
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="HRM-Text in vLLM and SGLang.")
 ENGINES = {"vllm": "hrm_vllm.doctor", "sglang": "hrm_sglang.doctor"}
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps `doctor` a subcommand while it is the only one."""
 
 
 @app.command()
@@ -36,6 +33,43 @@ def doctor(
         table.add_row(finding.topic, finding.value)
     console.print(table)
     console.print("[green]active[/green]")
+
+
+@app.command("eval")
+def evaluate(
+    tasks: Annotated[str, typer.Option(help="Names joined by commas; an unknown one lists them all.")] = (
+        "mmlu,arc_challenge,drop,gsm8k,math,hellaswag,winogrande,boolq"
+    ),
+    engine: Annotated[str, typer.Option(help="vllm or sglang.")] = "vllm",
+    model: Annotated[str, typer.Option(help="Model name, folder or Hub id.")] = HRM_TEXT_1B,
+    data_dir: Annotated[str, typer.Option(help="Folder of JSONL files, instead of the Hub.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for answers and report; a second run goes on there.")] = Path(
+        "eval"
+    ),
+    limit: Annotated[int, typer.Option(help="Rows of each task, and of each subject; 0 for all.")] = 0,
+    server: Annotated[str, typer.Option(help="URL of a running server, instead of one for this run.")] = "",
+    options: Annotated[list[str] | None, typer.Argument(help="After --: further arguments of the server.")] = None,
+) -> None:
+    """Evaluate a model by the paper's protocol. Ends in a table, a JSON file and a plot; exit status 1 if it cannot."""
+    from hrm_text.evaluation.run import Request, evaluate
+    from hrm_text.evaluation.server import EvalError
+
+    # One bar of ours, not one of lm-eval's for each subject; tqdm reads this when it is imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    console = Console()
+    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
+    request = Request(names, engine, model, data_dir, out, limit, server, tuple(options or ()))
+    try:
+        request.check()
+        if not server:
+            _diagnose(engine, model)
+        evaluate(request, console)
+    except (DoctorError, EvalError) as error:
+        console.print(f"[red]eval:[/red] {error}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        console.print(f"eval: interrupted; answers so far are in {out}, and the same command goes on from there")
+        raise typer.Exit(130) from None
 
 
 def _installed_engine() -> str:
