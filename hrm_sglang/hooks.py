@@ -5,6 +5,7 @@ SGLang's own `HookRegistry` (0.5.23) logs a hook that fails and goes on; these r
 
 from pathlib import Path
 
+from hrm_sglang.compat import SUPPORTED_TEXT
 from hrm_text import hooks
 from hrm_text.hooks import Hook, Make
 
@@ -17,7 +18,7 @@ class HookError(hooks.HookError):
     def __init__(self, hook: str, reason: str) -> None:
         from sglang.version import __version__
 
-        super().__init__("hrm_sglang", f"SGLang {__version__}", "SGLang 0.5.22 and 0.5.23", hook, reason)
+        super().__init__("hrm_sglang", f"SGLang {__version__}", SUPPORTED_TEXT, hook, reason)
 
 
 def _package() -> Path:

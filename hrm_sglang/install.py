@@ -61,11 +61,11 @@ def all_hooks() -> list[Hook]:
         expect("configuration", "srt/arg_groups/model_hook.py", 'getattr(hf_config, "prefix_lm", True)'),
         _radix_cache(),
         *(
-            expect("radix cache keys", "srt/mem_cache/unified_radix_cache.py", f"    def {method}(self")
-            for method in ("match_prefix", "insert", "checkpoint_into_tree", "touch_prefix")
+            expect("radix cache keys", "srt/mem_cache/unified_radix_cache.py", f"    def {method}(")
+            for method in compat.keyed_methods()
         ),
         # Where the chunk hooks lend the adder an aligned number of tokens.
-        expect("memory budget", "srt/managers/schedule_policy.py", "self.memory_budget.available_chunk_tokens("),
+        expect("memory budget", "srt/managers/schedule_policy.py", compat.clipping_passage()),
         expect(
             "backend by name",
             "srt/model_executor/model_runner_components/attention_backend_setup.py",

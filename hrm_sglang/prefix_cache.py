@@ -10,15 +10,17 @@ cover `MIN_SPAN_HIT` keys of the span it ends in, or it is floored to the span's
 """
 
 import dataclasses
+import functools
 import hashlib
 import secrets
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from sglang.srt.mem_cache.registry import TreeCacheBuildContext, create_unified_radix_cache
+from sglang.srt.mem_cache.registry import TreeCacheBuildContext
 from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
+from hrm_sglang.compat import hit_len, inserting_methods, make_radix_cache, searching_method
 from hrm_sglang.spans import spans_of
 from hrm_text.spans import Span, Spans, span_digest
 
@@ -70,14 +72,15 @@ class SpanRadixCache(UnifiedRadixCache):
 
     _inserting: Any = None
 
-    def match_prefix(self, params: Any) -> Any:
+    def _search(self, walk: Callable[..., Any], params: Any) -> Any:
+        """Around the method that walks the tree for a key, whoever asks."""
         req = params.req
         if req is None:
             raise RuntimeError("hrm_sglang: the radix cache was searched without a request, so its spans are unknown")
-        result = super().match_prefix(self._rewritten(params, req, params.key.limit))
-        floored = floor_hit(spans_of(req), result.device_prefix_len)
-        if floored < result.device_prefix_len:
-            result = super().match_prefix(self._rewritten(params, req, floored))
+        result = walk(self, self._rewritten(params, req, params.key.limit))
+        floored = floor_hit(spans_of(req), hit_len(result))
+        if floored < hit_len(result):
+            result = walk(self, self._rewritten(params, req, floored))
         return result
 
     def _rewritten(self, params: Any, req: Any, limit: int | None) -> Any:
@@ -86,10 +89,11 @@ class SpanRadixCache(UnifiedRadixCache):
     def touch_prefix(self, key: Any) -> None:
         """SGLang refreshes the age of waiting requests' prefixes by raw tokens, which are no keys here."""
 
-    def checkpoint_into_tree(self, req: Any, *, up_to: int, **kwargs: Any) -> None:
+    def _insert_request(self, method: Callable[..., None], req: Any, *args: Any, **kwargs: Any) -> None:
+        """Around the methods that insert a request's keys, so that `insert` knows the request."""
         self._inserting = req
         try:
-            super().checkpoint_into_tree(req, up_to=up_to, **kwargs)
+            method(self, req, *args, **kwargs)
         finally:
             self._inserting = None
 
@@ -98,6 +102,16 @@ class SpanRadixCache(UnifiedRadixCache):
         if req is None:
             raise RuntimeError("hrm_sglang: the radix cache was filled without a request, so its spans are unknown")
         return super().insert(self._rewritten(params, req, params.key.limit))
+
+
+def _put_around(name: str, ours: Callable[..., Any]) -> None:
+    """Override the method `name`, which differs between versions, by `ours` with the stock method as its first."""
+    setattr(SpanRadixCache, name, functools.partialmethod(ours, getattr(UnifiedRadixCache, name)))
+
+
+_put_around(searching_method(), SpanRadixCache._search)
+for _name in inserting_methods():
+    _put_around(_name, SpanRadixCache._insert_request)
 
 
 def _with_keys(key: Any, req: Any, limit: int | None) -> Any:
@@ -110,4 +124,4 @@ def _with_keys(key: Any, req: Any, limit: int | None) -> Any:
 
 def make_cache(context: TreeCacheBuildContext) -> Any:
     """Factory for `register_radix_cache_backend`."""
-    return create_unified_radix_cache(context, cache_class=SpanRadixCache)
+    return make_radix_cache(context, SpanRadixCache)

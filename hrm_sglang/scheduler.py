@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from hrm_sglang.compat import clipped_chunk, extend_end, prefix_len, unclipped
 from hrm_sglang.spans import spans_of
 from hrm_text.spans import Spans, chunk_end
 
@@ -23,18 +24,19 @@ def admitting(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, req, has_chunked_req, truncation_align_size)
 
         total = len(req.full_untruncated_fill_ids)
-        if not _serves(self) or self.rem_chunk_tokens is None or req.prefix_len + self.rem_chunk_tokens >= total:
+        start = prefix_len(req)
+        if not _serves(self) or self.rem_chunk_tokens is None or start + self.rem_chunk_tokens >= total:
             return admit()
         if has_chunked_req:
             # Only one request can be between chunks; an aligned chunk of it may have left budget over.
             return AddReqResult.OTHER
         spans = spans_of(req)
-        aligned = chunk_end(spans, req.prefix_len, req.prefix_len + self.rem_chunk_tokens)
-        if aligned == req.prefix_len:
+        aligned = chunk_end(spans, start, start + self.rem_chunk_tokens)
+        if aligned == start:
             if self.can_run_list or self.rem_chunk_tokens <= 0:
                 return AddReqResult.OTHER
-            aligned = _span_end(spans, req.prefix_len)
-        with _lending(self, aligned - req.prefix_len):
+            aligned = _span_end(spans, start)
+        with _lending(self, aligned - start):
             result = admit()
             _check(req, spans, self)
         # The budget that the alignment left over is not for another request's first chunk.
@@ -54,19 +56,16 @@ def continuing(original: Callable[..., Any]) -> Callable[..., Any]:
         if not _serves(self):
             return original(self, req)
         spans = spans_of(req)
-        start, total = req.prefix_len, len(req.full_untruncated_fill_ids)
-        limit = self.memory_budget.available_chunk_tokens(self.rem_chunk_tokens)
-        if self.chunked_req_limit is not None:
-            limit = min(limit, self.chunked_req_limit)
-        aligned = chunk_end(spans, start, min(start + limit, total))
+        start, total = prefix_len(req), len(req.full_untruncated_fill_ids)
+        aligned = chunk_end(spans, start, min(start + clipped_chunk(self), total))
         if aligned == start:
             aligned = _span_end(spans, start)
             running = self.running_batch is not None and self.running_batch.reqs
-            if aligned - start > self.memory_budget.remaining_current and running:
+            if aligned - start > self.cur_rem_tokens and running:
                 # Nothing may be added beside it: SGLang counts the request as one of a batch that is run.
                 self.rem_chunk_tokens = 0
                 return req
-        with _lending(self, aligned - start, whole=True):
+        with unclipped(self), _lending(self, aligned - start):
             result = original(self, req)
             _check(req, spans, self)
         return result
@@ -87,33 +86,22 @@ def _span_end(spans: Spans, position: int) -> int:
 
 
 @contextmanager
-def _lending(adder: Any, tokens: int, whole: bool = False) -> Iterator[None]:
-    """Let `adder` have exactly `tokens` for a chunk, and charge its own budget with what it took.
-
-    Args:
-        adder: the PrefillAdder.
-        tokens: its budget inside.
-        whole: also keep free memory and SGLang's other limits from clipping the chunk.
-    """
-    budget, limit = adder.rem_chunk_tokens, adder.chunked_req_limit
-    adder.rem_chunk_tokens, adder.chunked_req_limit = tokens, None
-    memory = adder.memory_budget
-    if whole:
-        memory.available_chunk_tokens = lambda chunk_limit: chunk_limit
+def _lending(adder: Any, tokens: int) -> Iterator[None]:
+    """Let the PrefillAdder `adder` have exactly `tokens` for a chunk, and charge its own budget with what it took."""
+    budget, adder.rem_chunk_tokens = adder.rem_chunk_tokens, tokens
     try:
         yield
     finally:
-        adder.rem_chunk_tokens, adder.chunked_req_limit = budget - (tokens - adder.rem_chunk_tokens), limit
-        if whole:
-            del memory.available_chunk_tokens
+        adder.rem_chunk_tokens = budget - (tokens - adder.rem_chunk_tokens)
 
 
 def _check(req: Any, spans: Spans, adder: Any) -> None:
     if not adder.can_run_list or adder.can_run_list[-1] is not req:
         return
+    chunk = extend_end(req)
     for start, end in spans:
-        if start < req.extend_end < end:
+        if start < chunk < end:
             raise RuntimeError(
-                f"hrm_sglang: a prefill chunk of request {req.rid} ends at {req.extend_end}, inside the span "
+                f"hrm_sglang: a prefill chunk of request {req.rid} ends at {chunk}, inside the span "
                 f"[{start}, {end}); SGLang cut it where the chunk hook does not look"
             )

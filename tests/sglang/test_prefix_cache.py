@@ -61,7 +61,8 @@ def test_generated_tokens_are_reused_by_the_next_turn(engine: Engine, reference:
     history = P[:50] + answers[0].tokens
     second = Ask(history + prompt(40, seed=9), (0, 50, 110, 150))
     (again,) = engine.ask([second])
-    assert again[0].cached == 109  # the last token was sampled and never computed
+    # From 0.5.22 on the last token counts as never computed; before, the overlapped step has computed it.
+    assert again[0].cached in (109, 110)
     assert deviation(reference, second, again) <= TOLERANCE
 
 
