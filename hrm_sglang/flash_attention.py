@@ -36,6 +36,10 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
         if again:
             self._again = tokens.to(self.device), self._metadata(again)
 
+    def decode_table(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """For `hrm_sglang.decode`: a row of KV slots for each request, and the context lengths."""
+        return self.forward_metadata.page_table, None, self.forward_metadata.cache_seqlens_int32
+
     def _metadata(self, cut: Sequence[VirtualSequence]) -> FlashAttentionMetadata:
         stock = self.forward_metadata
 

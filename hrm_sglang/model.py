@@ -10,6 +10,7 @@ from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
 from hrm_sglang import lora
+from hrm_sglang.decode import Decoder
 from hrm_sglang.layers import SglangLayers
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.model import HrmTextBody
@@ -35,6 +36,7 @@ class HrmTextForCausalLM(nn.Module):
                 self.shape.vocab_size, self.shape.hidden_size, quant_config=quant_config, prefix=f"{dot}lm_head"
             )
         self.logits_processor = LogitsProcessor(config)
+        self.decoder = Decoder(self.model)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -61,7 +63,8 @@ class HrmTextForCausalLM(nn.Module):
     ) -> Any:
         embeddings = self.model.embed(input_ids) if input_embeds is None else input_embeds * self.shape.embedding_scale
         z_H, z_L = self.model.begin(embeddings)
-        z_H, _ = self.model.recur(positions, z_H, z_L, forward_batch)
+        decoded = self.decoder.recur(positions, z_H, z_L, forward_batch)
+        z_H = self.model.recur(positions, z_H, z_L, forward_batch)[0] if decoded is None else decoded
         return self.logits_processor(input_ids, z_H, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -59,6 +59,10 @@ class PrefixLMTritonBackend(TritonAttnBackend):
         if again:
             self._launches.append(self._plan(forward_batch, again, tokens.to(self.device), True))
 
+    def decode_table(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """For `hrm_sglang.decode`: KV slots in one list, with the offsets of the rows."""
+        return self.forward_metadata.kv_indices, self.forward_metadata.kv_indptr, None
+
     def _plan(
         self, forward_batch: Any, cut: Sequence[VirtualSequence], tokens: torch.Tensor | None, causal: bool
     ) -> Launch:

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,6 +53,7 @@ OURS: dict[str, dict[str, Any]] = {
     "fa3 bf16": FLASH,
     "fa3 bf16 retraction": FLASH | TIGHT,
     "fa3 bf16 mixed chunks": FLASH | {"enable_mixed_chunk": True},
+    "fa3 bf16 engine layers": FLASH | {"env": {"HRM_TEXT_KERNELS": "0"}},
 }
 OTHERS: dict[str, dict[str, Any]] = {"in-tree float32": FLOAT32 | IN_TREE, "in-tree bf16": TRITON | IN_TREE}
 
@@ -70,9 +72,27 @@ def gpu_reference(checkpoint: str) -> Any:
 @pytest.fixture(scope="module")
 def engines(checkpoint: str) -> Iterator[dict[str, Engine]]:
     """All engines, started together: most of a start is one core's work."""
-    started = {name: Engine(model_path=checkpoint, **(GPU | options)) for name, options in (OURS | OTHERS).items()}
+    options = OURS | OTHERS
+    ports = free_ports(len(options))
+    started = {
+        name: Engine(model_path=checkpoint, nccl_port=port, **(GPU | options[name]))
+        for name, port in zip(options, ports, strict=True)
+    }
     with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(engine) for name, engine in started.items()}
+        for engine in started.values():
+            stack.push(engine)
+        for engine in started.values():
+            engine.__enter__()
+        yield started
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that differ: engines that choose their own at the same time can choose the same."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for each in sockets:
+            each.bind(("127.0.0.1", 0))
+        return [each.getsockname()[1] for each in sockets]
 
 
 @pytest.fixture(scope="module")

@@ -13,8 +13,10 @@ P = prompt(18)
 
 
 @pytest.mark.slow
-def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any) -> None:
-    env = {"TRITON_INTERPRET": "1"}
+@pytest.mark.parametrize("kernels", ["0", "1"])
+def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any, kernels: str) -> None:
+    """Decode on SGLang's layers, and on the fused kernels."""
+    env = {"TRITON_INTERPRET": "1", "HRM_TEXT_KERNELS": kernels}
     with Engine(env=env, model_path=tiny, attention_backend="triton", chunked_prefill_size=8) as engine:
         # A batch of a span and a causal run, then spans with chunks and with a cache hit inside one.
         batch = [Ask(P, (0, 12), max_tokens=2), Ask(prompt(7, 1), (), max_tokens=2)]

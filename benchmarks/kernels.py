@@ -1,0 +1,170 @@
+"""The fused decode kernels on one GPU, without an engine: every kernel's time and bandwidth, and whole decode steps.
+
+    python -m benchmarks.kernels --out kernels.json
+
+The 1B's shape with random weights. A kernel is timed in a CUDA graph that calls it once for each of the 128 layer
+calls of a step, over weights and KV caches as they alternate there, so that the L2 cache holds nothing that it would
+not hold in a step. The floor is the bytes it must move at the bandwidth of a device-to-device copy in the same run.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from hrm_text.config import read_config
+from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.decode import FusedDecode
+from hrm_text.kernels.linear import MAX_TOKENS, small_linear
+from hrm_text.kernels.swiglu import scaled_swiglu
+from hrm_text.model import Block, HrmTextBody
+from hrm_text.plain import PlainLayers, rope_table
+
+CONFIG = Path(__file__).parent / "hrm-text-1b" / "config.json"
+SHAPES = ((1, 192), (8, 192), (64, 576), (256, 288))  # batch, tokens in each one's context
+REPEATS = 30
+
+
+def milliseconds(work: Callable[[], object]) -> float:
+    """Median time of a CUDA graph of `work`."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        work()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    times = []
+    for _ in range(3 + REPEATS):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return sorted(times[3:])[REPEATS // 2]
+
+
+def copy_bandwidth() -> float:
+    """Bytes a second, read plus written, of a large copy."""
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / (milliseconds(lambda: target.copy_(source)) / 1000)
+
+
+class Model:
+    """The 1B's body with random weights, and KV for one batch."""
+
+    def __init__(self) -> None:
+        self.shape = read_config(json.loads(CONFIG.read_text()))
+        with torch.device("cuda"):
+            self.body = HrmTextBody(self.shape, PlainLayers(), "model").to(torch.bfloat16)
+        for parameter in self.body.parameters():
+            parameter.data.normal_(0, 0.02)
+        self.fused = FusedDecode(self.body, torch.device("cuda"))
+        self.cos_sin = rope_table(self.shape).cuda()
+        stacks = {"L": self.body.L_module, "H": self.body.H_module}
+        self.calls: list[tuple[Block, int]] = [
+            (block, self.shape.plan.slot(step, layer))
+            for step, kind in enumerate(self.body.steps)
+            for layer, block in enumerate(stacks[kind].layers)
+        ]
+
+    def place(self, tokens: int, context: int) -> None:
+        """Room for `tokens` requests of `context` tokens each, their KV slots shuffled in runs of 16."""
+        shape = self.shape
+        pages = -(-context // 16) * tokens
+        self.cache = torch.randn(
+            shape.plan.num_slots, 2, 16 * pages, 1, shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16
+        )
+        runs = torch.randperm(pages, device="cuda").view(tokens, -1, 1) * 16
+        table = (runs + torch.arange(16, device="cuda")).view(tokens, -1)[:, :context].contiguous()
+        self.batch = DecodeBatch(
+            positions=torch.full((tokens,), context - 1, device="cuda"),
+            write_slots=table[:, -1].contiguous(),
+            table=table.int(),
+            row_starts=None,
+            lengths=torch.full((tokens,), context, dtype=torch.int32, device="cuda"),
+            page_size=1,
+            cos_sin=self.cos_sin,
+        )
+        self.x = torch.randn(tokens, shape.hidden_size, device="cuda", dtype=torch.bfloat16)
+
+    def caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache[slot, 0], self.cache[slot, 1]
+
+    def step(self) -> torch.Tensor:
+        """One decode step, without embedding and LM head."""
+        z_H, z_L = self.body.begin(self.x)
+        return self.fused(z_H, z_L.contiguous(), self.batch, self.caches)
+
+    def kernels(self) -> dict[str, tuple[Callable[[Block, int], object], int]]:
+        """What one layer call runs for this batch: each kernel, and the bytes it must move."""
+        tokens, shape = len(self.x), self.shape
+        hidden, wide = shape.hidden_size, shape.intermediate_size
+        gqkv, act = self.x.repeat(1, 4).contiguous(), self.x.new_ones(tokens, wide)
+        product = self.x.new_ones(tokens, 2 * wide)
+        eps, few, attention = shape.rms_norm_eps, tokens <= MAX_TOKENS, self.fused.attention
+        context = self.batch.table.shape[1]
+        extra: dict[str, Any] = {} if few else {"x": self.x, "eps": eps}
+        result: dict[str, tuple[Callable[[Block, int], object], int]] = {
+            "attention": (
+                lambda block, slot: attention(gqkv, *self.caches(slot), self.batch, **extra),
+                2 * tokens * (2 * context * hidden + 5 * hidden),
+            )
+        }
+        sizes = {
+            name: 2 * (rows * width + tokens * (rows + width))
+            for name, rows, width in (
+                ("gqkv", 4 * hidden, hidden),
+                ("o", hidden, hidden),
+                ("gate_up", 2 * wide, hidden),
+                ("down", hidden, wide),
+            )
+        }
+        linear = torch.nn.functional.linear
+        if few:
+            kernels: dict[str, Callable[[Block, int], object]] = {
+                "gqkv": lambda b, _: small_linear(self.x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
+                "o": lambda b, _: small_linear(self.x, b.self_attn.o_proj.weight, residual=self.x),
+                "gate_up": lambda b, _: small_linear(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
+                "down": lambda b, _: small_linear(act, b.mlp.down_proj.weight, residual=self.x),
+            }
+        else:
+            kernels = {
+                "gqkv": lambda b, _: linear(self.x, b.self_attn.gqkv_proj.weight),
+                "o": lambda b, _: torch.addmm(self.x, self.x, b.self_attn.o_proj.weight.t()),
+                "gate_up": lambda b, _: linear(self.x, b.mlp.gate_up_proj.weight),
+                "down": lambda b, _: torch.addmm(self.x, act, b.mlp.down_proj.weight.t()),
+            }
+            result["swiglu"] = (lambda *_: scaled_swiglu(product, self.x, eps), 2 * tokens * (3 * wide + hidden))
+        return result | {name: (kernel, sizes[name]) for name, kernel in kernels.items()}
+
+
+def main(out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("kernels.json")) -> None:
+    """Time every kernel and every step, and print them beside their floors."""
+    torch.manual_seed(0)
+    bandwidth = copy_bandwidth()
+    print(f"copy: {bandwidth / 1e12:.2f} TB/s")
+    model = Model()
+    report: dict[str, Any] = {"copy_tb_s": bandwidth / 1e12, "shapes": []}
+    for tokens, context in SHAPES:
+        model.place(tokens, context)
+        step = milliseconds(model.step)
+        rows = {}
+        for name, (kernel, size) in model.kernels().items():
+            each = 1000 * milliseconds(lambda kernel=kernel: [kernel(*call) for call in model.calls]) / len(model.calls)
+            rows[name] = {"us": each, "bytes": size, "tb_s": size / each / 1e6, "floor_us": 1e6 * size / bandwidth}
+        floor = len(model.calls) * sum(row["floor_us"] for row in rows.values()) / 1000
+        report["shapes"].append({"batch": tokens, "context": context, "step_ms": step, "floor_ms": floor, "us": rows})
+        out.write_text(json.dumps(report, indent=1))
+        print(f"batch {tokens}, context {context}: step {step:.3f} ms, floor {floor:.3f} ms")
+        for name, row in rows.items():
+            print(f"  {name:10s} {row['us']:7.2f} us  {row['tb_s']:5.2f} TB/s  floor {row['floor_us']:6.2f} us")
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,77 @@
+"""Decode steps on the fused kernels, with SGLang's KV pool and block tables in the form that they take."""
+
+import logging
+from typing import Any, Protocol
+
+import torch
+
+from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.decode import FusedDecode, why_not
+from hrm_text.kernels.launch import why_off
+from hrm_text.model import HrmTextBody
+
+logger = logging.getLogger("sglang.srt.hrm_sglang")
+
+
+class KnowsItsTable(Protocol):
+    """An attention backend of ours."""
+
+    token_to_kv_pool: Any
+
+    def decode_table(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """`table`, `row_starts` and `lengths` of a `DecodeBatch`, for the batch whose metadata was made last."""
+
+
+class Decoder:
+    """Decides at the first decode step, when the weights are loaded, and stays with it.
+
+    Args:
+        body: of the model.
+    """
+
+    def __init__(self, body: HrmTextBody) -> None:
+        # In a tuple, so that the body does not become a submodule twice.
+        self._body = (body,)
+        self._decided = False
+        self._fused: FusedDecode | None = None
+
+    def recur(
+        self, positions: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor, forward_batch: Any
+    ) -> torch.Tensor | None:
+        """z_H after the last step; None where SGLang's own layers have to run the batch."""
+        if not forward_batch.forward_mode.is_decode():
+            return None
+        backend = _backend()
+        if not self._decided:
+            self._decide(z_H, backend)
+        if self._fused is None:
+            return None
+        table, row_starts, lengths = backend.decode_table()
+        rope = self._body[0].L_module.layers[0].self_attn.rotary_emb
+        batch = DecodeBatch(positions, forward_batch.out_cache_loc, table, row_starts, lengths, 1, rope.cos_sin_cache)
+
+        def caches(slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+            k, v = backend.token_to_kv_pool.get_kv_buffer(slot)
+            return k.unsqueeze(1), v.unsqueeze(1)
+
+        return self._fused(z_H, z_L, batch, caches)
+
+    def _decide(self, z_H: torch.Tensor, backend: Any) -> None:
+        self._decided = True
+        reason = why_off(z_H.device) or why_not(self._body[0]) or _why_not(backend, z_H.dtype)
+        if reason is None:
+            self._fused = FusedDecode(self._body[0], z_H.device)
+        logger.info("HRM-Text: decode runs on %s", f"SGLang's layers: {reason}" if reason else "the fused kernels")
+
+
+def _backend() -> Any:
+    from sglang.srt.model_executor.forward_context import get_attn_backend
+
+    return get_attn_backend()
+
+
+def _why_not(backend: Any, dtype: torch.dtype) -> str | None:
+    if not hasattr(backend, "decode_table"):
+        return f"the attention backend {type(backend).__name__}"
+    k, _ = backend.token_to_kv_pool.get_kv_buffer(0)
+    return None if k.dtype == dtype else f"a KV cache of {k.dtype}"

@@ -1,0 +1,1 @@
+"""Fused decode kernels for both engines, in Triton; `decode.py` puts them together."""

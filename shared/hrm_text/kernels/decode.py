@@ -1,0 +1,99 @@
+"""A decode step's recurrence on the fused kernels: five a layer for a few tokens, three and four GEMMs beyond.
+
+`FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch.nn.functional import linear
+
+from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
+from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
+from hrm_text.kernels.swiglu import scaled_swiglu
+from hrm_text.model import Block, HrmTextBody
+
+KVCaches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+
+
+class FusedDecode:
+    """Runs a body's recurrence for one new token a request.
+
+    Args:
+        body: with its weights loaded, all of the stages its own.
+        device: where they are.
+    """
+
+    def __init__(self, body: HrmTextBody, device: torch.device) -> None:
+        self.body = body
+        shape = body.shape
+        self.eps = shape.rms_norm_eps
+        self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
+
+    def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
+        """z_H after every step.
+
+        Args:
+            z_H, z_L: (tokens, hidden), as `HrmTextBody.begin` makes them.
+            batch: of these tokens.
+            caches: (k_cache, v_cache) of a KV slot, as `DecodeAttention` takes them.
+        """
+        body = self.body
+        for step in body.stage:
+            stack = body.L_module if body.steps[step] == "L" else body.H_module
+            x = z_L + z_H
+            for index, block in enumerate(stack.layers):
+                x = self._block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
+            if body.steps[step] == "L":
+                z_L = stack.final_norm(x)
+            else:
+                z_H = stack.final_norm(x)
+        return z_H
+
+    def _block(
+        self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> torch.Tensor:
+        attention, mlp = block.self_attn, block.mlp
+        if len(x) <= MAX_TOKENS:
+            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            out = self.attention(gqkv, k_cache, v_cache, batch)
+            x = small_linear(out, attention.o_proj.weight, residual=x)
+            act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
+            return small_linear(act, mlp.down_proj.weight, residual=x)
+        gqkv = linear(x, attention.gqkv_proj.weight)
+        out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
+        x = torch.addmm(x, out, attention.o_proj.weight.t())
+        act = scaled_swiglu(linear(x, mlp.gate_up_proj.weight), x, self.eps)
+        return torch.addmm(x, act, mlp.down_proj.weight.t())
+
+
+def why_not(body: HrmTextBody) -> str | None:
+    """Why a body cannot run on the fused kernels; None when it can."""
+    shape = body.shape
+    if len(body.stage) != len(body.steps):
+        return "pipeline parallelism"
+    if shape.head_dim & (shape.head_dim - 1):
+        return f"head_dim={shape.head_dim} is not a power of two"
+    width = shape.num_heads * shape.head_dim
+    shapes = {
+        "gqkv_proj": (4 * width, shape.hidden_size),
+        "o_proj": (shape.hidden_size, width),
+        "gate_up_proj": (2 * shape.intermediate_size, shape.hidden_size),
+        "down_proj": (shape.hidden_size, shape.intermediate_size),
+    }
+    for name, module in body.named_modules():
+        whole = shapes.get(name.rpartition(".")[2])
+        if whole is None:
+            continue
+        weight = getattr(module, "weight", None)
+        if (
+            hasattr(module, "base_layer")
+            or weight is None
+            or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32)
+        ):
+            return f"{name} is quantised, or wrapped as LoRA wraps it"
+        if weight.shape != whole:
+            return f"{name} is split by tensor parallelism"
+        if not weight.is_contiguous() or not fits(*whole):
+            return f"{name} has the shape {whole}"
+    return None

@@ -1,0 +1,54 @@
+"""Programmatic dependent launch: a kernel starts, and fetches its weights, while the one before it still drains.
+
+Every kernel here calls `gdc_wait` before it reads what the last one wrote and before it writes anything, so
+a chain of them is ordered like any other kernels of a stream. What it reads before that (weights, block
+tables, KV of earlier tokens) is written by no kernel of the chain.
+"""
+
+import functools
+import os
+from typing import Any
+
+import torch
+
+OPTION = "HRM_TEXT_KERNELS"  # 0 switches the fused kernels off, 1 on where they were not measured
+
+
+def why_off(device: torch.device) -> str | None:
+    """Why a device's decode steps are left to the engine's layers; None where the fused kernels run.
+
+    Raises:
+        ValueError: the option has a value that is neither 0 nor 1.
+    """
+    wanted = os.environ.get(OPTION, "")
+    if wanted not in ("", "0", "1"):
+        raise ValueError(f"{OPTION}={wanted!r}: must be 0 or 1, or unset")
+    if wanted == "0":
+        return f"{OPTION}=0"
+    if wanted == "1" or dependent_launch(device):
+        return None
+    return f"the kernels are verified on Hopper only ({OPTION}=1 runs them all the same)"
+
+
+@functools.cache
+def dependent_launch(device: torch.device) -> bool:
+    """Whether kernels on `device` may overlap: Hopper or later."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+
+
+def launch_options(device: torch.device) -> dict[str, Any]:
+    """Keyword arguments for a launch; the CPU is Triton's interpreter, which knows none of them."""
+    return {"launch_pdl": True} if dependent_launch(device) else {}
+
+
+def two_parts(length: int) -> tuple[int, int]:
+    """`length` as a power of two and the rest, which is a smaller power of two or 0: what one Triton tile can hold.
+
+    Raises:
+        ValueError: the rest is neither.
+    """
+    first = 1 << (length.bit_length() - 1)
+    rest = length - first
+    if rest & (rest - 1):
+        raise ValueError(f"the fused kernels take widths that are a sum of two powers of two, got {length}")
+    return first, rest

@@ -1,0 +1,207 @@
+"""y = W x for a few tokens, with what surrounds it in the model fused in: bound by reading W once.
+
+A parameterless RMSNorm is one factor a token, so it is applied to the product: W (x r) = r (W x).
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from hrm_text.kernels.launch import dependent_launch, launch_options, two_parts
+
+MAX_TOKENS = 16  # rows of one tensor-core tile
+
+
+@triton.jit
+def _finish(product, up, square_sum, residual_ptr, offsets, mask, width, eps, NORM, SWIGLU, RESIDUAL):
+    """Epilogue: norm factor, SwiGLU with `up`, residual."""
+    if NORM:
+        factor = 1.0 / tl.sqrt(square_sum / width + eps)
+        product = product * factor
+        if SWIGLU:
+            up = up * factor
+    if SWIGLU:
+        product = product * tl.sigmoid(product) * up
+    if RESIDUAL:
+        product += tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+    return product
+
+
+@triton.jit
+def _one_token(
+    x_ptr,
+    w_ptr,
+    residual_ptr,
+    out_ptr,
+    rows,
+    eps,
+    K: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    BLOCK: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`BLOCK` rows of W against one token. W waits in registers when the last kernel ends."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = row < rows
+    start = row.to(tl.int64)[:, None] * K
+    k0 = tl.arange(0, K0)
+    w0 = tl.load(w_ptr + start + k0[None, :], mask=mask[:, None], other=0.0)
+    if SWIGLU:
+        u0 = tl.load(w_ptr + rows * K + start + k0[None, :], mask=mask[:, None], other=0.0)
+    if K1 > 0:
+        k1 = K0 + tl.arange(0, K1)
+        w1 = tl.load(w_ptr + start + k1[None, :], mask=mask[:, None], other=0.0)
+        if SWIGLU:
+            u1 = tl.load(w_ptr + rows * K + start + k1[None, :], mask=mask[:, None], other=0.0)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    x0 = tl.load(x_ptr + k0).to(tl.float32)
+    product = tl.sum(w0.to(tl.float32) * x0[None, :], 1)
+    square_sum = tl.sum(x0 * x0, 0)
+    up = product
+    if SWIGLU:
+        up = tl.sum(u0.to(tl.float32) * x0[None, :], 1)
+    if K1 > 0:
+        x1 = tl.load(x_ptr + k1).to(tl.float32)
+        product += tl.sum(w1.to(tl.float32) * x1[None, :], 1)
+        square_sum += tl.sum(x1 * x1, 0)
+        if SWIGLU:
+            up += tl.sum(u1.to(tl.float32) * x1[None, :], 1)
+    product = _finish(product, up, square_sum, residual_ptr, row, mask, K, eps, NORM, SWIGLU, RESIDUAL)
+    tl.store(out_ptr + row, product.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Ask for the 128-byte lines at `pointers` in L2."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def _few_tokens(
+    x_ptr,
+    w_ptr,
+    residual_ptr,
+    out_ptr,
+    tokens,
+    rows,
+    eps,
+    K: tl.constexpr,
+    K0: tl.constexpr,
+    K1: tl.constexpr,
+    TOKENS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    STAGES: tl.constexpr,
+    NORM: tl.constexpr,
+    SWIGLU: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores, W already on its way to L2."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token = tl.arange(0, TOKENS)
+    start = row.to(tl.int64) * K
+    if PDL:
+        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        _prefetch(w_ptr + start[:, None] + LINE * tl.arange(0, K0 // LINE)[None, :])
+        if K1 >= LINE:
+            _prefetch(w_ptr + start[:, None] + K0 + LINE * tl.arange(0, K1 // LINE)[None, :])
+        if SWIGLU:
+            _prefetch(w_ptr + rows * K + start[:, None] + LINE * tl.arange(0, K0 // LINE)[None, :])
+            if K1 >= LINE:
+                _prefetch(w_ptr + rows * K + start[:, None] + K0 + LINE * tl.arange(0, K1 // LINE)[None, :])
+        tl.extra.cuda.gdc_wait()
+    product = tl.zeros((TOKENS, BLOCK), tl.float32)
+    up = tl.zeros((TOKENS, BLOCK), tl.float32)
+    square_sum = tl.zeros((TOKENS,), tl.float32)
+    inside = token[:, None] < tokens
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        column = k + tl.arange(0, BLOCK_K)
+        w = tl.load(w_ptr + start[None, :] + column[:, None])
+        x = tl.load(x_ptr + token[:, None] * K + column[None, :], mask=inside, other=0.0)
+        product = tl.dot(x, w, product, input_precision="ieee")
+        if SWIGLU:
+            u = tl.load(w_ptr + rows * K + start[None, :] + column[:, None])
+            up = tl.dot(x, u, up, input_precision="ieee")
+        if NORM:
+            wide = x.to(tl.float32)
+            square_sum += tl.sum(wide * wide, 1)
+    offsets = token[:, None] * rows + row[None, :]
+    product = _finish(product, up, square_sum[:, None], residual_ptr, offsets, inside, K, eps, NORM, SWIGLU, RESIDUAL)
+    tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def small_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm_eps: float | None = None,
+    swiglu: bool = False,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`weight` times RMSNorm(x), then SwiGLU or plus the residual.
+
+    Args:
+        x: (tokens, K), contiguous, at most `MAX_TOKENS` tokens.
+        weight: (rows, K), contiguous; with `swiglu` the rows are [gate | up].
+        norm_eps: epsilon of the parameterless RMSNorm; None leaves x as it is.
+        swiglu: whether the result is silu(gate) * up, with half as many columns as weight has rows.
+        residual: (tokens, rows), added.
+
+    Returns:
+        (tokens, rows), or half the rows with `swiglu`.
+    """
+    tokens, width = x.shape
+    rows = weight.shape[0] // 2 if swiglu else weight.shape[0]
+    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    first, rest = two_parts(width)
+    flags = {
+        "NORM": norm_eps is not None,
+        "SWIGLU": swiglu,
+        "RESIDUAL": residual is not None,
+        "PDL": dependent_launch(x.device),
+        **launch_options(x.device),
+    }
+    eps = norm_eps or 0.0
+    if tokens == 1:
+        block = one_token_block(width, swiglu)
+        _one_token[(triton.cdiv(rows, block),)](
+            x, weight, residual, out, rows, eps, width, first, rest, BLOCK=block, num_warps=4, **flags
+        )
+    else:
+        block, block_k, stages, warps = few_tokens_tile(rows, width, swiglu)
+        _few_tokens[(rows // block,)](
+            x, weight, residual, out, tokens, rows, eps, width, first, rest,
+            TOKENS=MAX_TOKENS, BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
+        )  # fmt: skip
+    return out
+
+
+def one_token_block(width: int, swiglu: bool) -> int:
+    """Rows of a program: some 24 KiB of weights, which its 128 threads hold in registers."""
+    rows = max(1, 12288 // width)
+    rows = 1 << (rows.bit_length() - 1)
+    return max(1, rows // 2) if swiglu else rows
+
+
+def few_tokens_tile(rows: int, width: int, swiglu: bool) -> tuple[int, int, int, int]:
+    """(rows of a program, columns a stage, stages, warps): enough programs to fill the chip with loads."""
+    block = 16 if swiglu or rows <= 2048 else 32
+    return block, min(256, width & -width), 5, 4 if block == 32 or swiglu else 2
+
+
+def fits(rows: int, width: int) -> bool:
+    """Whether `small_linear` takes a weight of this shape: its tiles have no ragged edge."""
+    rest = width - (1 << (width.bit_length() - 1))
+    return rows % 32 == 0 and width & -width >= 16 and rest & (rest - 1) == 0

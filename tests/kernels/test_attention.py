@@ -1,0 +1,133 @@
+"""Decode attention against float64: pages of any size, splits, the KV write, padding rows."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hrm_text.kernels.attention import DecodeAttention, DecodeBatch, splits_for
+from tests.kernels.conftest import DEVICE
+from tests.kernels.test_linear import EPS, TOLERANCE, draw, error
+
+HEADS, DIM = (12, 128) if DEVICE == "cuda" else (2, 16)
+LONGEST = 4096 if DEVICE == "cuda" else 200
+
+
+def rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """neox rotation of (tokens, heads, dim) by (tokens, dim / 2) angles."""
+    a, b = x.chunk(2, dim=-1)
+    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def angle_table(positions: int) -> torch.Tensor:
+    frequencies = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+    return torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
+
+
+class Case:
+    """Random requests over a paged cache, every number of it drawn from `seed`."""
+
+    def __init__(self, lengths: list[int], page_size: int, ragged: bool, normed: bool, seed: int) -> None:
+        self.lengths, self.page_size = lengths, page_size
+        tokens, hidden = len(lengths), 96
+        pages = [-(-length // page_size) for length in lengths]
+        generator = torch.Generator().manual_seed(seed)
+        numbers = (torch.randperm(sum(pages), generator=generator) + 1).tolist()
+        self.pages = [[numbers.pop() for _ in range(count)] for count in pages]
+        shape = (sum(pages) + 1, page_size, HEADS, DIM)
+        self.k_cache, self.v_cache = draw(*shape, seed=seed + 1), draw(*shape, seed=seed + 2)
+        self.gqkv = draw(tokens, 4 * HEADS * DIM, seed=seed + 3)
+        self.x = draw(tokens, hidden, seed=seed + 4, scale=4.0) if normed else None
+        angles = angle_table(max(lengths))
+        self.angles = angles[torch.tensor(lengths) - 1].to(DEVICE)
+        slots = [
+            row[-1] * page_size + (length - 1) % page_size for row, length in zip(self.pages, lengths, strict=True)
+        ]
+        widest = max(pages)
+        table = [row + [0] * (widest - len(row)) for row in self.pages]
+        flat = [page for row in self.pages for page in row]
+        starts = torch.tensor([0, *pages]).cumsum(0)
+
+        def to_device(values: object, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.as_tensor(values).to(DEVICE, dtype)
+
+        self.batch = DecodeBatch(
+            positions=to_device([length - 1 for length in lengths], torch.int64),
+            write_slots=to_device(slots, torch.int64),
+            table=to_device(flat, torch.int64) if ragged else to_device(table),
+            row_starts=to_device(starts) if ragged else None,
+            lengths=None if ragged else to_device(lengths),
+            page_size=page_size,
+            cos_sin=torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE, torch.float32),
+        )
+
+    def expected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Output, and the key and value of the new tokens, in float64."""
+        factor: torch.Tensor | float = 1.0
+        if self.x is not None:
+            factor = torch.rsqrt(self.x.double().square().mean(-1, keepdim=True) + EPS)
+        gate, q, k, v = ((self.gqkv.double() * factor).view(-1, 4, HEADS, DIM)).unbind(1)
+        q, k = rope(q, self.angles), rope(k, self.angles)
+        rows = []
+        for row, (pages, length) in enumerate(zip(self.pages, self.lengths, strict=True)):
+            keys = self.k_cache[pages].double().flatten(0, 1)[: length - 1]
+            values = self.v_cache[pages].double().flatten(0, 1)[: length - 1]
+            keys, values = torch.cat([keys, k[row, None]]), torch.cat([values, v[row, None]])
+            weights = torch.einsum("hd,thd->ht", q[row] * DIM**-0.5, keys).softmax(-1)
+            rows.append(torch.einsum("ht,thd->hd", weights, values))
+        return (torch.stack(rows) * gate.sigmoid()).flatten(1), k, v
+
+
+def attend(case: Case, attention: DecodeAttention | None = None) -> torch.Tensor:
+    attention = attention or DecodeAttention(HEADS, DIM, torch.device(DEVICE))
+    return attention(case.gqkv, case.k_cache, case.v_cache, case.batch, x=case.x, eps=EPS)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, LONGEST), min_size=1, max_size=20),
+    ragged=st.booleans(),
+    page_size=st.sampled_from([1, 16]),
+    normed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_equals_float64(lengths: list[int], ragged: bool, page_size: int, normed: bool, seed: int) -> None:
+    case = Case(lengths, 1 if ragged else page_size, ragged, normed, seed)
+    expected, key, value = case.expected()
+    untouched = case.k_cache.clone(), case.v_cache.clone()
+    assert error(attend(case), expected) <= TOLERANCE
+    pages, lines = case.batch.write_slots // case.page_size, case.batch.write_slots % case.page_size
+    assert error(case.k_cache[pages, lines], key) <= TOLERANCE
+    assert error(case.v_cache[pages, lines], value) <= TOLERANCE
+    for cache, before in zip((case.k_cache, case.v_cache), untouched, strict=True):
+        before[pages, lines] = cache[pages, lines]
+        assert torch.equal(cache, before), "something else was written"
+
+
+def test_splits_are_counted_anew_each_time() -> None:
+    assert splits_for(1, HEADS) > 1
+    attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
+    for seed in range(3):
+        case = Case([LONGEST - seed], 1, True, False, seed)
+        expected, _, _ = case.expected()
+        assert error(attend(case, attention), expected) <= TOLERANCE
+    assert not attention.arrivals.any()
+
+
+def test_padding_rows_write_nothing() -> None:
+    case = Case([5, 9], 16, False, False, 0)
+    case.batch.write_slots[1] = -1
+    before = case.k_cache.clone()
+    attend(case)
+    assert torch.equal(case.k_cache[case.pages[1]], before[case.pages[1]])
+    assert not torch.equal(case.k_cache[case.pages[0]], before[case.pages[0]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_numbers_come_through(bad: float) -> None:
+    case = Case([40, 40], 1, True, False, 0)
+    case.v_cache[case.pages[0][7], 0] = bad
+    got = attend(case)
+    assert not got[0].isfinite().any()
+    assert got[1].isfinite().all()

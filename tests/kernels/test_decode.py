@@ -1,0 +1,77 @@
+"""A whole decode step on the fused kernels against the oracle."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hrm_text.config import read_config
+from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.decode import FusedDecode, why_not
+from hrm_text.model import HrmTextBody
+from hrm_text.oracle import token_logprobs
+from hrm_text.plain import PlainLayers, rope_table
+from hrm_text.weights import load_into
+from tests.kernels.conftest import DEVICE
+
+LENGTH = 3
+
+
+def copy(parameter: torch.Tensor, tensor: torch.Tensor) -> None:
+    parameter.copy_(tensor)
+
+
+@pytest.fixture(scope="module")
+def body(tiny: str, reference: Any) -> HrmTextBody:
+    shape = read_config(reference.config.to_dict())
+    built = HrmTextBody(shape, PlainLayers(), "model")
+    holder = torch.nn.Module()
+    holder.model = built
+    holder.lm_head = torch.nn.Linear(shape.hidden_size, shape.vocab_size, bias=False)
+    holder.requires_grad_(False)
+    weights = load_file(next(Path(tiny).glob("*.safetensors")))
+    load_into(dict(holder.named_parameters()), weights.items(), copy, False)
+    built.lm_head = holder.lm_head
+    return built.to(DEVICE)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 17])
+def test_tokens_one_by_one_equal_the_oracle(body: HrmTextBody, reference: Any, rows: int) -> None:
+    """Every row of the batch decodes its own causal prompt from an empty cache, all kernels and both paths in play."""
+    assert why_not(body) is None
+    shape = body.shape
+    generator = torch.Generator().manual_seed(rows)
+    prompts = torch.randint(12, shape.vocab_size, (rows, LENGTH), generator=generator)
+    table = (torch.arange(rows * LENGTH, dtype=torch.int32).view(rows, LENGTH) + 1).to(DEVICE)
+    cache = torch.zeros(shape.plan.num_slots, 2, rows * LENGTH + 1, 1, shape.num_heads, shape.head_dim, device=DEVICE)
+    fused = FusedDecode(body, torch.device(DEVICE))
+    logprobs = []
+    for position in range(LENGTH - 1):
+        batch = DecodeBatch(
+            positions=torch.full((rows,), position, device=DEVICE),
+            write_slots=table[:, position].long(),
+            table=table,
+            row_starts=None,
+            lengths=torch.full((rows,), position + 1, dtype=torch.int32, device=DEVICE),
+            page_size=1,
+            cos_sin=rope_table(shape).to(DEVICE),
+        )
+        z_H, z_L = body.begin(body.embed(prompts[:, position].to(DEVICE)))
+        z_H = fused(z_H, z_L, batch, lambda slot: (cache[slot, 0], cache[slot, 1]))
+        logprobs.append(body.lm_head(z_H).float().log_softmax(-1).cpu())
+    for row in range(min(rows, 2)):
+        expected = token_logprobs(reference, prompts[row].tolist(), ())
+        got = torch.stack([logprobs[at][row, prompts[row, at + 1]] for at in range(LENGTH - 1)])
+        assert float((got - expected).abs().max()) <= 1e-5
+
+
+def test_quantised_wrapped_and_sharded_projections_are_refused(body: HrmTextBody) -> None:
+    layer = body.H_module.layers[0].self_attn
+    weight = layer.o_proj.weight
+    for other in (weight.to(torch.float8_e4m3fn), weight[:, : weight.shape[1] // 2].contiguous()):
+        layer.o_proj.weight = torch.nn.Parameter(other, requires_grad=False)
+        assert "o_proj" in str(why_not(body))
+    layer.o_proj.weight = weight
+    assert why_not(body) is None
