@@ -40,23 +40,33 @@ class DecodeBatch:
 
 
 @triton.jit
-def _attend(q1, q2, k1, k2, v, inside, peak, total, mixed):
-    """One block of keys and values into the running softmax (base 2)."""
-    score = tl.sum(k1.to(tl.float32) * q1[None, :] + k2.to(tl.float32) * q2[None, :], 1)
-    score = tl.where(inside, score, -float("inf"))
-    new_peak = tl.maximum(peak, tl.max(score, 0))
-    # A split without a single token keeps -inf, and -inf - -inf would be NaN.
-    safe = tl.where(new_peak == -float("inf"), 0.0, new_peak)
-    keep = tl.exp2(peak - safe)
-    weight = tl.exp2(score - safe)
-    mixed = mixed * keep + tl.sum(weight[:, None] * v.to(tl.float32), 0)
-    return new_peak, total * keep + tl.sum(weight, 0), mixed
+def _rows(cache_ptr, table_ptr, first, position, inside, page_stride, token_stride, PAGE: tl.constexpr):
+    """Pointers to the cache lines of `position`, for one head."""
+    page = tl.load(table_ptr + first + position // PAGE, mask=inside, other=0).to(tl.int64)
+    return cache_ptr + page * page_stride + (position % PAGE) * token_stride
 
 
 @triton.jit
-def _slots(table_ptr, first, position, inside, PAGE):
-    page = tl.load(table_ptr + first + position // PAGE, mask=inside, other=0).to(tl.int64)
-    return page, position % PAGE
+def _attend(q, k, v, inside, peak, total, mixed):
+    """A block of keys and values into running softmaxes (base 2), one for each place in the block.
+
+    So nothing crosses a warp until the context ends.
+    """
+    score = tl.where(inside, tl.sum(k.to(tl.float32) * q[None, :], 1), -float("inf"))
+    new_peak = tl.maximum(peak, score, propagate_nan=tl.PropagateNan.ALL)
+    # A place without a token yet keeps -inf, and -inf - -inf would be NaN.
+    safe = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    keep = tl.exp2(peak - safe)
+    weight = tl.exp2(score - safe)
+    return new_peak, total * keep + weight, mixed * keep[:, None] + weight[:, None] * v.to(tl.float32)
+
+
+@triton.jit
+def _rotated(row, head_offset, full, cos, sign_sin, factor, HALF: tl.constexpr, DIM: tl.constexpr):
+    """A head's query or key after the norm factor and RoPE (neox), float32."""
+    own = tl.load(row + head_offset + full).to(tl.float32)
+    partner = tl.load(row + head_offset + (full + HALF) % DIM).to(tl.float32)
+    return (own * cos + partner * sign_sin) * factor
 
 
 @triton.jit
@@ -65,37 +75,41 @@ def _decode(
     table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
     table_stride, k_page, k_token, k_head, v_page, v_token, v_head, scale, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+    RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if RAGGED:
-        first = tl.load(row_starts_ptr + request)
-        length = tl.load(row_starts_ptr + request + 1) - first
+        first = tl.load(row_starts_ptr + request).to(tl.int64)
+        length = (tl.load(row_starts_ptr + request + 1) - first).to(tl.int32)
     else:
         first = request.to(tl.int64) * table_stride
         length = tl.load(lengths_ptr + request)
+    # A short context has fewer pieces than there are programs for them.
     cached = length - 1
-    chunk = tl.cdiv(cached, SPLITS * BLOCK) * BLOCK
+    chunk = tl.maximum(tl.cdiv(cached, SPLITS * BLOCK), 1) * BLOCK
+    pieces = tl.maximum(tl.cdiv(cached, chunk), 1)
+    if split >= pieces:
+        return
     begin = split * chunk
     end = tl.minimum(begin + chunk, cached)
     HALF: tl.constexpr = DIM // 2
-    half, full = tl.arange(0, HALF), tl.arange(0, DIM)
+    full = tl.arange(0, DIM)
     offset = tl.arange(0, BLOCK)
+    k_base, v_base = k_ptr + head * k_head, v_ptr + head * v_head
 
     # The KV of earlier tokens is not this chain's, so the first block of it is fetched before the wait.
-    position = begin + offset
-    inside = position < end
-    page, line = _slots(table_ptr, first, position, inside, PAGE)
-    k_row = k_ptr + (page * k_page + line * k_token + head * k_head)[:, None]
-    v_row = v_ptr + (page * v_page + line * v_token + head * v_head)[:, None]
-    k1 = tl.load(k_row + half[None, :], mask=inside[:, None], other=0.0)
-    k2 = tl.load(k_row + HALF + half[None, :], mask=inside[:, None], other=0.0)
-    v = tl.load(v_row + full[None, :], mask=inside[:, None], other=0.0)
+    inside = begin + offset < end
+    k_rows = _rows(k_base, table_ptr, first, begin + offset, inside, k_page, k_token, PAGE)
+    v_rows = _rows(v_base, table_ptr, first, begin + offset, inside, v_page, v_token, PAGE)
+    k = tl.load(k_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+    v = tl.load(v_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
     place = tl.load(positions_ptr + request)
-    cos = tl.load(cos_sin_ptr + place * DIM + half).to(tl.float32)
-    sin = tl.load(cos_sin_ptr + place * DIM + HALF + half).to(tl.float32)
+    cos = tl.load(cos_sin_ptr + place * DIM + full % HALF).to(tl.float32)
+    sin = tl.load(cos_sin_ptr + place * DIM + HALF + full % HALF).to(tl.float32)
+    sign_sin = tl.where(full < HALF, -sin, sin)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -105,64 +119,62 @@ def _decode(
         x = tl.load(x_ptr + request * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HIDDEN + eps)
     row = gqkv_ptr + request * 4 * HEADS * DIM + head * DIM
-    a = tl.load(row + HEADS * DIM + half).to(tl.float32) * factor
-    b = tl.load(row + HEADS * DIM + HALF + half).to(tl.float32) * factor
-    to_base_2 = scale * 1.4426950408889634
-    q1, q2 = (a * cos - b * sin) * to_base_2, (b * cos + a * sin) * to_base_2
+    q = _rotated(row, HEADS * DIM, full, cos, sign_sin, factor * scale * 1.4426950408889634, HALF, DIM)
 
-    peak, total = -float("inf"), 0.0
-    mixed = tl.zeros((DIM,), tl.float32)
-    peak, total, mixed = _attend(q1, q2, k1, k2, v, inside, peak, total, mixed)
-    for at in range(begin + BLOCK, end, BLOCK):
-        position = at + offset
-        inside = position < end
-        page, line = _slots(table_ptr, first, position, inside, PAGE)
-        k_row = k_ptr + (page * k_page + line * k_token + head * k_head)[:, None]
-        v_row = v_ptr + (page * v_page + line * v_token + head * v_head)[:, None]
-        k1 = tl.load(k_row + half[None, :], mask=inside[:, None], other=0.0)
-        k2 = tl.load(k_row + HALF + half[None, :], mask=inside[:, None], other=0.0)
-        v = tl.load(v_row + full[None, :], mask=inside[:, None], other=0.0)
-        peak, total, mixed = _attend(q1, q2, k1, k2, v, inside, peak, total, mixed)
+    peak = tl.full((BLOCK,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    mixed = tl.zeros((BLOCK, DIM), tl.float32)
+    peak, total, mixed = _attend(q, k, v, inside, peak, total, mixed)
+    for at in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
+        inside = at + offset < end
+        k_rows = _rows(k_base, table_ptr, first, at + offset, inside, k_page, k_token, PAGE)
+        v_rows = _rows(v_base, table_ptr, first, at + offset, inside, v_page, v_token, PAGE)
+        k = tl.load(k_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(v_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        peak, total, mixed = _attend(q, k, v, inside, peak, total, mixed)
 
-    if split == SPLITS - 1:
+    top = tl.max(peak, 0)
+    share = tl.exp2(peak - tl.where(top == -float("inf"), 0.0, top))
+    result = tl.sum(mixed * share[:, None], 0)
+    weights = tl.sum(total * share, 0)
+
+    if split == pieces - 1:
         # The new token: its key and value come from the projection and go to the cache on the way.
         kind = k_ptr.dtype.element_ty
-        a = tl.load(row + 2 * HEADS * DIM + half).to(tl.float32) * factor
-        b = tl.load(row + 2 * HEADS * DIM + HALF + half).to(tl.float32) * factor
-        new1, new2 = (a * cos - b * sin).to(kind), (b * cos + a * sin).to(kind)
+        key = _rotated(row, 2 * HEADS * DIM, full, cos, sign_sin, factor, HALF, DIM).to(kind)
         value = (tl.load(row + 3 * HEADS * DIM + full).to(tl.float32) * factor).to(kind)
         slot = tl.load(write_slots_ptr + request).to(tl.int64)
         if slot >= 0:
-            k_new = k_ptr + (slot // PAGE) * k_page + (slot % PAGE) * k_token + head * k_head
-            v_new = v_ptr + (slot // PAGE) * v_page + (slot % PAGE) * v_token + head * v_head
-            tl.store(k_new + half, new1)
-            tl.store(k_new + HALF + half, new2)
-            tl.store(v_new + full, value)
-        score = tl.sum(new1.to(tl.float32) * q1 + new2.to(tl.float32) * q2, 0)
-        new_peak = tl.maximum(peak, score)
-        keep, weight = tl.exp2(peak - new_peak), tl.exp2(score - new_peak)
-        mixed = mixed * keep + weight * value.to(tl.float32)
-        total = total * keep + weight
-        peak = new_peak
+            tl.store(k_base + (slot // PAGE) * k_page + (slot % PAGE) * k_token + full, key)
+            tl.store(v_base + (slot // PAGE) * v_page + (slot % PAGE) * v_token + full, value)
+        score = tl.sum(key.to(tl.float32) * q, 0)
+        new_top = tl.maximum(top, score)
+        keep, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
+        result = result * keep + weight * value.to(tl.float32)
+        weights = weights * keep + weight
+        top = new_top
 
     out = out_ptr + request * HEADS * DIM + head * DIM + full
     gate = tl.sigmoid(tl.load(row + full).to(tl.float32) * factor)
-    if SPLITS == 1:
-        tl.store(out, (mixed / total * gate).to(out_ptr.dtype.element_ty))
+    if pieces == 1:
+        tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
     else:
         pair = request * HEADS + head
-        tl.store(partial_ptr + (pair * SPLITS + split) * DIM + full, mixed)
-        tl.store(stats_ptr + (pair * SPLITS + split) * 2, peak)
-        tl.store(stats_ptr + (pair * SPLITS + split) * 2 + 1, total)
+        tl.store(partial_ptr + (pair * SPLITS + split) * DIM + full, result)
+        tl.store(stats_ptr + (pair * SPLITS + split) * 2, top)
+        tl.store(stats_ptr + (pair * SPLITS + split) * 2 + 1, weights)
         tl.debug_barrier()  # every thread's part is stored before the arrival that announces it
-        if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel") == SPLITS - 1:
+        if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel") == pieces - 1:
             tl.store(arrivals_ptr + pair, 0)
             each = tl.arange(0, SPLITS)
-            peaks = tl.load(stats_ptr + (pair * SPLITS + each) * 2, cache_modifier=".cg")
-            totals = tl.load(stats_ptr + (pair * SPLITS + each) * 2 + 1, cache_modifier=".cg")
-            share = tl.exp2(peaks - tl.max(peaks, 0))
-            parts = tl.load(partial_ptr + ((pair * SPLITS + each) * DIM)[:, None] + full[None, :], cache_modifier=".cg")
-            result = tl.sum(parts * share[:, None], 0) / tl.sum(totals * share, 0)
+            there = each < pieces
+            stats = stats_ptr + (pair * SPLITS + each) * 2
+            tops = tl.load(stats, mask=there, other=-float("inf"), cache_modifier=".cg")
+            share = tl.exp2(tops - tl.max(tops, 0))
+            weights = tl.sum(tl.load(stats + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
+            rows = partial_ptr + ((pair * SPLITS + each) * DIM)[:, None] + full[None, :]
+            parts = tl.load(rows, mask=there[:, None], other=0.0, cache_modifier=".cg")
+            result = tl.sum(parts * share[:, None], 0) / weights
             tl.store(out, (result * gate).to(out_ptr.dtype.element_ty))
 
 
@@ -170,7 +182,7 @@ def splits_for(tokens: int, heads: int) -> int:
     """Splits of a context: enough programs for a small batch to keep the chip busy, a power of two."""
     if tokens > MAX_SPLIT_TOKENS:
         return 1
-    wanted = max(1, 192 // (tokens * heads))
+    wanted = max(1, 384 // (tokens * heads))
     return min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
 
 
@@ -211,6 +223,7 @@ class DecodeAttention:
         tokens = gqkv.shape[0]
         splits = splits_for(tokens, self.heads)
         out = torch.empty(tokens, self.heads * self.head_dim, dtype=gqkv.dtype, device=gqkv.device)
+        block, stages, warps = tile(splits)
         hidden = 1 if x is None else x.shape[1]
         _decode[(self.heads, splits, tokens)](
             gqkv, x, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
@@ -218,12 +231,12 @@ class DecodeAttention:
             batch.table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], self.head_dim**-0.5, eps,
             HEADS=self.heads, DIM=self.head_dim, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
             PAGE=batch.page_size, RAGGED=batch.row_starts is not None, SPLITS=splits,
-            BLOCK=block_for(splits), NORM=x is not None, PDL=dependent_launch(gqkv.device),
-            num_warps=4, **launch_options(gqkv.device),
+            BLOCK=block, STAGES=stages, NORM=x is not None, PDL=dependent_launch(gqkv.device),
+            num_warps=warps, **launch_options(gqkv.device),
         )  # fmt: skip
         return out
 
 
-def block_for(splits: int) -> int:
-    """Tokens a program takes at a time."""
-    return 32 if splits > 1 else 64
+def tile(splits: int) -> tuple[int, int, int]:
+    """(tokens a program takes at a time, stages of its pipeline, warps)."""
+    return (64, 1, 4) if splits > 1 else (32, 4, 4)

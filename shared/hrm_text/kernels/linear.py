@@ -126,6 +126,13 @@ def _few_tokens(
     up = tl.zeros((TOKENS, BLOCK), tl.float32)
     square_sum = tl.zeros((TOKENS,), tl.float32)
     inside = token[:, None] < tokens
+    if NORM:  # while W is on its way
+        wide = tl.load(x_ptr + token[:, None] * K + tl.arange(0, K0)[None, :], mask=inside, other=0.0).to(tl.float32)
+        square_sum = tl.sum(wide * wide, 1)
+        if K1 > 0:
+            rest = x_ptr + token[:, None] * K + K0 + tl.arange(0, K1)[None, :]
+            wide = tl.load(rest, mask=inside, other=0.0).to(tl.float32)
+            square_sum += tl.sum(wide * wide, 1)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         column = k + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + start[None, :] + column[:, None])
@@ -134,9 +141,6 @@ def _few_tokens(
         if SWIGLU:
             u = tl.load(w_ptr + rows * K + start[None, :] + column[:, None])
             up = tl.dot(x, u, up, input_precision="ieee")
-        if NORM:
-            wide = x.to(tl.float32)
-            square_sum += tl.sum(wide * wide, 1)
     offsets = token[:, None] * rows + row[None, :]
     product = _finish(product, up, square_sum[:, None], residual_ptr, offsets, inside, K, eps, NORM, SWIGLU, RESIDUAL)
     tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=inside)
@@ -196,9 +200,9 @@ def one_token_block(width: int, swiglu: bool) -> int:
 
 
 def few_tokens_tile(rows: int, width: int, swiglu: bool) -> tuple[int, int, int, int]:
-    """(rows of a program, columns a stage, stages, warps): enough programs to fill the chip with loads."""
+    """(rows of a program, columns a stage, stages, warps): programs enough for every SM, and few turns of the loop."""
     block = 16 if swiglu or rows <= 2048 else 32
-    return block, min(256, width & -width), 5, 4 if block == 32 or swiglu else 2
+    return block, min(512 if width > 2048 else 256, width & -width), 3, 4 if block == 32 or swiglu else 2
 
 
 def fits(rows: int, width: int) -> bool:
