@@ -1,12 +1,14 @@
-"""The Triton backend under Triton's interpreter: about 2 s a token, so the prompts are short."""
+"""The Triton kernels under Triton's interpreter: about 2 s a token, so the prompts are short."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("sglang")
 
-from tests.sglang.engine import TOLERANCE, Engine, prompt, worst_deviation
+from tests.sglang.engine import TOLERANCE, Engine, generate, prompt, worst_deviation
+from tests.sglang.test_parallel_and_lora import LORA, check, make_adapters
 from tests.vllm.engine import Ask
 
 P = prompt(18)
@@ -23,3 +25,15 @@ def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any, kernels: 
         assert worst_deviation(reference, engine, batch) <= TOLERANCE
         for spans in ((3, 9, 9, 14), (0, 12)):
             assert worst_deviation(reference, engine, [Ask(P, spans, max_tokens=2, score=True)]) <= TOLERANCE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kernels", ["csgmv", "triton"])
+def test_lora_kernels_take_four_slices(tiny: str, reference: Any, tmp_path: Path, kernels: str) -> None:
+    """csgmv is what SGLang chooses on a GPU."""
+    adapters = make_adapters(tmp_path, tiny, reference)
+    options = LORA | {"lora_backend": kernels, "max_loras_per_batch": 4, "lora_paths": adapters.paths}
+    with Engine(env={"TRITON_INTERPRET": "1"}, model_path=tiny, **options) as engine:
+        asks = [Ask(P, (0, 12), 2), Ask(P, (3, 9), 2), Ask(prompt(7, 1), (), 2, score=True), Ask(P[:9], (), 2)]
+        names = [None, "full", "scaled", "sparse"]
+        check(adapters, asks, names, engine.call(generate, asks, names))

@@ -1,0 +1,32 @@
+"""Stand-ins for what SGLang 0.5.23's LoRA takes from a GPU; `stubs/` holds the entry point.
+
+Its layers and its torch_native backend pin their small index tensors on every device, which a CPU build of torch
+refuses: pinning changes where a tensor lies, never its values. Its csgmv backend looks up the kernels' tuning by
+the device's name, and takes the defaults for one that it does not know.
+"""
+
+import functools
+from typing import Any
+
+import torch
+
+
+def apply() -> None:
+    """Put the stand-ins into this process, where there is no GPU."""
+    if torch.cuda.is_available():
+        return
+    torch.Tensor.pin_memory = lambda self, *args, **kwargs: self
+    for name in ("tensor", "zeros", "empty", "arange"):
+        setattr(torch, name, _unpinned(getattr(torch, name)))
+    from sglang.kernels.ops.lora.dense import lora_tuning_config
+
+    lora_tuning_config.get_device_name = lambda *args: "no GPU"
+
+
+def _unpinned(make: Any) -> Any:
+    @functools.wraps(make)
+    def unpinned(*args: Any, **kwargs: Any) -> Any:
+        kwargs.pop("pin_memory", None)
+        return make(*args, **kwargs)
+
+    return unpinned
