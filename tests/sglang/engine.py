@@ -18,6 +18,7 @@ import torch
 
 from hrm_text.oracle import token_logprobs
 from hrm_text.spans import SPANS_OPTION, SpanRule, Spans, request_spans, scored_inside
+from tests.sglang import on_cpu
 from tests.vllm.engine import Answer, Ask
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -64,6 +65,8 @@ class Engine:
 
     def __init__(self, on_gpu: bool = False, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
         added = {**({} if on_gpu else cpu_environment()), **(env or {})}
+        if kwargs.get("enable_lora"):
+            added[on_cpu.VARIABLE] = "1"
         kwargs = DEFAULTS | ({} if on_gpu else CPU_DEFAULTS) | kwargs
         before = {key: os.environ.get(key) for key in added}
         os.environ.update(added)

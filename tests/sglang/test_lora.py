@@ -90,3 +90,11 @@ def test_half_of_a_pair_is_refused() -> None:
     name = f"{BLOCK}.mlp.down_proj.lora_A.weight"
     with pytest.raises(ValueError, match=r"comes without .*lora_B"):
         lora.stacked({name: torch.zeros(8, 96)}, CONFIG, 8, 2.0)
+
+
+def test_the_stand_ins_of_lora_engines_leave_the_oracle_alone() -> None:
+    """Loading plugins in the test's process must not change torch under the oracle."""
+    from sglang.srt.plugins import load_plugins
+
+    load_plugins()
+    assert not any(hasattr(getattr(torch, name), "__wrapped__") for name in ("tensor", "zeros", "empty", "arange"))
