@@ -170,12 +170,12 @@ def _decode(
             there = each < pieces
             stats = stats_ptr + (pair * SPLITS + each) * 2
             tops = tl.load(stats, mask=there, other=-float("inf"), cache_modifier=".cg")
-            share = tl.exp2(tops - tl.max(tops, 0))
-            weights = tl.sum(tl.load(stats + 1, mask=there, other=0.0, cache_modifier=".cg") * share, 0)
+            part = tl.exp2(tops - tl.max(tops, 0))
+            all_weights = tl.sum(tl.load(stats + 1, mask=there, other=0.0, cache_modifier=".cg") * part, 0)
             rows = partial_ptr + ((pair * SPLITS + each) * DIM)[:, None] + full[None, :]
             parts = tl.load(rows, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            result = tl.sum(parts * share[:, None], 0) / weights
-            tl.store(out, (result * gate).to(out_ptr.dtype.element_ty))
+            mean = tl.sum(parts * part[:, None], 0) / all_weights
+            tl.store(out, (mean * gate).to(out_ptr.dtype.element_ty))
 
 
 def splits_for(tokens: int, heads: int) -> int:
@@ -239,4 +239,4 @@ class DecodeAttention:
 
 def tile(splits: int) -> tuple[int, int, int]:
     """(tokens a program takes at a time, stages of its pipeline, warps)."""
-    return (64, 1, 4) if splits > 1 else (32, 4, 4)
+    return (64, 1, 4) if splits > 1 else (16, 4, 2)

@@ -78,14 +78,6 @@ def _one_token(
 
 
 @triton.jit
-def _prefetch(pointers):
-    """Ask for the 128-byte lines at `pointers` in L2."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-@triton.jit
 def _few_tokens(
     x_ptr,
     w_ptr,
@@ -106,27 +98,19 @@ def _few_tokens(
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores, W already on its way to L2."""
+    """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.arange(0, TOKENS)
     start = row.to(tl.int64) * K
     if PDL:
-        LINE: tl.constexpr = 128 // (w_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        _prefetch(w_ptr + start[:, None] + LINE * tl.arange(0, K0 // LINE)[None, :])
-        if K1 >= LINE:
-            _prefetch(w_ptr + start[:, None] + K0 + LINE * tl.arange(0, K1 // LINE)[None, :])
-        if SWIGLU:
-            _prefetch(w_ptr + rows * K + start[:, None] + LINE * tl.arange(0, K0 // LINE)[None, :])
-            if K1 >= LINE:
-                _prefetch(w_ptr + rows * K + start[:, None] + K0 + LINE * tl.arange(0, K1 // LINE)[None, :])
         tl.extra.cuda.gdc_wait()
     product = tl.zeros((TOKENS, BLOCK), tl.float32)
     up = tl.zeros((TOKENS, BLOCK), tl.float32)
     square_sum = tl.zeros((TOKENS,), tl.float32)
     inside = token[:, None] < tokens
-    if NORM:  # while W is on its way
+    if NORM:
         wide = tl.load(x_ptr + token[:, None] * K + tl.arange(0, K0)[None, :], mask=inside, other=0.0).to(tl.float32)
         square_sum = tl.sum(wide * wide, 1)
         if K1 > 0:
@@ -202,7 +186,7 @@ def one_token_block(width: int, swiglu: bool) -> int:
 def few_tokens_tile(rows: int, width: int, swiglu: bool) -> tuple[int, int, int, int]:
     """(rows of a program, columns a stage, stages, warps): programs enough for every SM, and few turns of the loop."""
     block = 16 if swiglu or rows <= 2048 else 32
-    return block, min(512 if width > 2048 else 256, width & -width), 3, 4 if block == 32 or swiglu else 2
+    return block, min(256, width & -width), 4, 4 if block == 32 or swiglu else 2
 
 
 def fits(rows: int, width: int) -> bool:
