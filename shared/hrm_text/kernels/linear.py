@@ -10,6 +10,7 @@ import triton.language as tl
 from hrm_text.kernels.launch import dependent_launch, launch_options, two_parts
 
 MAX_TOKENS = 16  # rows of one tensor-core tile
+MAX_REGISTER_TOKENS = 4  # beyond, multiplying one token after the other takes longer than reading W
 
 
 @triton.jit
@@ -28,23 +29,25 @@ def _finish(product, up, square_sum, residual_ptr, offsets, mask, width, eps, NO
 
 
 @triton.jit
-def _one_token(
+def _in_registers(
     x_ptr,
     w_ptr,
     residual_ptr,
     out_ptr,
+    tokens,
     rows,
     eps,
     K: tl.constexpr,
     K0: tl.constexpr,
     K1: tl.constexpr,
+    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`BLOCK` rows of W against one token. W waits in registers when the last kernel ends."""
+    """`BLOCK` rows of W, which wait in registers when the last kernel ends, against one token after the other."""
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -61,24 +64,29 @@ def _one_token(
             u1 = tl.load(w_ptr + rows * K + start + k1[None, :], mask=mask[:, None], other=0.0)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    x0 = tl.load(x_ptr + k0).to(tl.float32)
-    product = tl.sum(w0.to(tl.float32) * x0[None, :], 1)
-    square_sum = tl.sum(x0 * x0, 0)
-    up = product
-    if SWIGLU:
-        up = tl.sum(u0.to(tl.float32) * x0[None, :], 1)
-    if K1 > 0:
-        x1 = tl.load(x_ptr + k1).to(tl.float32)
-        product += tl.sum(w1.to(tl.float32) * x1[None, :], 1)
-        square_sum += tl.sum(x1 * x1, 0)
+    for token in tl.static_range(TOKENS):
+        at0 = token * K + k0
+        x0 = tl.load(x_ptr + at0, mask=at0 < tokens * K, other=0.0).to(tl.float32)
+        product = tl.sum(w0.to(tl.float32) * x0[None, :], 1)
+        square_sum = tl.sum(x0 * x0, 0)
+        up = product
         if SWIGLU:
-            up += tl.sum(u1.to(tl.float32) * x1[None, :], 1)
-    product = _finish(product, up, square_sum, residual_ptr, row, mask, K, eps, NORM, SWIGLU, RESIDUAL)
-    tl.store(out_ptr + row, product.to(out_ptr.dtype.element_ty), mask=mask)
+            up = tl.sum(u0.to(tl.float32) * x0[None, :], 1)
+        if K1 > 0:
+            at1 = token * K + k1
+            x1 = tl.load(x_ptr + at1, mask=at1 < tokens * K, other=0.0).to(tl.float32)
+            product += tl.sum(w1.to(tl.float32) * x1[None, :], 1)
+            square_sum += tl.sum(x1 * x1, 0)
+            if SWIGLU:
+                up += tl.sum(u1.to(tl.float32) * x1[None, :], 1)
+        offsets = token * rows + row
+        write = mask & (offsets < tokens * rows)
+        product = _finish(product, up, square_sum, residual_ptr, offsets, write, K, eps, NORM, SWIGLU, RESIDUAL)
+        tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=write)
 
 
 @triton.jit
-def _few_tokens(
+def _on_tensor_cores(
     x_ptr,
     w_ptr,
     residual_ptr,
@@ -162,28 +170,29 @@ def small_linear(
         **launch_options(x.device),
     }
     eps = norm_eps or 0.0
-    if tokens == 1:
-        block = one_token_block(width, swiglu)
-        _one_token[(triton.cdiv(rows, block),)](
-            x, weight, residual, out, rows, eps, width, first, rest, BLOCK=block, num_warps=4, **flags
-        )
+    if tokens <= MAX_REGISTER_TOKENS:
+        block = register_block(width, swiglu)
+        _in_registers[(triton.cdiv(rows, block),)](
+            x, weight, residual, out, tokens, rows, eps, width, first, rest,
+            TOKENS=triton.next_power_of_2(tokens), BLOCK=block, num_warps=4, **flags,
+        )  # fmt: skip
     else:
-        block, block_k, stages, warps = few_tokens_tile(rows, width, swiglu)
-        _few_tokens[(rows // block,)](
+        block, block_k, stages, warps = tensor_core_tile(rows, width, swiglu)
+        _on_tensor_cores[(rows // block,)](
             x, weight, residual, out, tokens, rows, eps, width, first, rest,
             TOKENS=MAX_TOKENS, BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
         )  # fmt: skip
     return out
 
 
-def one_token_block(width: int, swiglu: bool) -> int:
+def register_block(width: int, swiglu: bool) -> int:
     """Rows of a program: some 24 KiB of weights, which its 128 threads hold in registers."""
     rows = max(1, 12288 // width)
     rows = 1 << (rows.bit_length() - 1)
     return max(1, rows // 2) if swiglu else rows
 
 
-def few_tokens_tile(rows: int, width: int, swiglu: bool) -> tuple[int, int, int, int]:
+def tensor_core_tile(rows: int, width: int, swiglu: bool) -> tuple[int, int, int, int]:
     """(rows of a program, columns a stage, stages, warps): programs enough for every SM, and few turns of the loop."""
     block = 16 if swiglu or rows <= 2048 else 32
     return block, min(256, width & -width), 4, 4 if block == 32 or swiglu else 2
