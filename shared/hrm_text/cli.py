@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +60,8 @@ def evaluate(
     console = Console()
     names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
     request = Request(names, engine, model, data_dir, out, limit, server, tuple(options or ()))
+    # Whoever ends this command also ends the server that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         request.check()
         if not server:

@@ -49,5 +49,7 @@ def check_all_groups(server: Server, folder: Path, count: int) -> None:
     results = served(server, folder, load_tasks(*(f"hrm_nano_{kind}" for kind in GROUPS)), count)
     for kind in GROUPS:
         samples = results["samples"][f"hrm_nano_{kind}"]
-        assert [sample["resps"][0][0] for sample in samples] == by_transformers(kind, count), kind
+        # Two spans are beyond transformers' generate: a full forward a token, so fewer of those.
+        compared = count // 4 if kind == "dialogue" else count
+        assert [sample["resps"][0][0] for sample in samples[:compared]] == by_transformers(kind, compared), kind
         assert results["results"][f"hrm_nano_{kind}"]["exact_match,none"] >= 0.95, kind
