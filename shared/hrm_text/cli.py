@@ -71,7 +71,8 @@ def evaluate(
         console.print(f"[red]eval:[/red] {error}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        console.print(f"eval: interrupted; answers so far are in {out}, and the same command goes on from there")
+        said = f"eval: interrupted; answers so far are in {out}, and the same command goes on from there"
+        console.print(said, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
 
