@@ -3,9 +3,11 @@
 import importlib.util
 import os
 
+import torch
+
 if importlib.util.find_spec("sglang") is None:
     collect_ignore_glob = ["test_*.py"]
-else:
+elif not torch.cuda.is_available():
     from tests.sglang.engine import cpu_environment
 
     # For the tests that import SGLang into this process; `engine` has put the stand-ins on the path.

@@ -239,4 +239,4 @@ class DecodeAttention:
 
 def tile(splits: int) -> tuple[int, int, int]:
     """(tokens a program takes at a time, stages of its pipeline, warps)."""
-    return (64, 1, 4) if splits > 1 else (16, 4, 2)
+    return (64, 1, 4) if splits > 1 else (16, 3, 2)

@@ -10,7 +10,7 @@ import triton.language as tl
 from hrm_text.kernels.launch import dependent_launch, launch_options, two_parts
 
 MAX_TOKENS = 16  # rows of one tensor-core tile
-MAX_REGISTER_TOKENS = 4  # beyond, multiplying one token after the other takes longer than reading W
+MAX_REGISTER_TOKENS = 2  # beyond, multiplying one token after the other takes longer than reading W
 
 
 @triton.jit
@@ -104,16 +104,11 @@ def _on_tensor_cores(
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    PDL: tl.constexpr,
 ):
-    """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores."""
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
+    """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores; started early, it measured slower."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token = tl.arange(0, TOKENS)
     start = row.to(tl.int64) * K
-    if PDL:
-        tl.extra.cuda.gdc_wait()
     product = tl.zeros((TOKENS, BLOCK), tl.float32)
     up = tl.zeros((TOKENS, BLOCK), tl.float32)
     square_sum = tl.zeros((TOKENS,), tl.float32)
@@ -166,18 +161,17 @@ def small_linear(
         "NORM": norm_eps is not None,
         "SWIGLU": swiglu,
         "RESIDUAL": residual is not None,
-        "PDL": dependent_launch(x.device),
-        **launch_options(x.device),
     }
     eps = norm_eps or 0.0
     if tokens <= MAX_REGISTER_TOKENS:
         block = register_block(width, swiglu)
         _in_registers[(triton.cdiv(rows, block),)](
             x, weight, residual, out, tokens, rows, eps, width, first, rest,
-            TOKENS=triton.next_power_of_2(tokens), BLOCK=block, num_warps=4, **flags,
+            TOKENS=triton.next_power_of_2(tokens), BLOCK=block, PDL=dependent_launch(x.device),
+            num_warps=4, **launch_options(x.device), **flags,
         )  # fmt: skip
     else:
-        block, block_k, stages, warps = tensor_core_tile(rows, width, swiglu)
+        block, block_k, stages, warps = tensor_core_tile(rows, width)
         _on_tensor_cores[(rows // block,)](
             x, weight, residual, out, tokens, rows, eps, width, first, rest,
             TOKENS=MAX_TOKENS, BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
@@ -192,10 +186,9 @@ def register_block(width: int, swiglu: bool) -> int:
     return max(1, rows // 2) if swiglu else rows
 
 
-def tensor_core_tile(rows: int, width: int, swiglu: bool) -> tuple[int, int, int, int]:
-    """(rows of a program, columns a stage, stages, warps): programs enough for every SM, and few turns of the loop."""
-    block = 16 if swiglu or rows <= 2048 else 32
-    return block, min(256, width & -width), 4, 4 if block == 32 or swiglu else 2
+def tensor_core_tile(rows: int, width: int) -> tuple[int, int, int, int]:
+    """(rows of a program, columns a stage, stages, warps)."""
+    return 16 if rows % 32 else 32, min(256 if width > 2048 else 128, width & -width), 4, 4
 
 
 def fits(rows: int, width: int) -> bool:

@@ -23,7 +23,7 @@ from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
 
-CONFIG = Path(__file__).parent / "hrm-text-1b" / "config.json"
+CONFIG = Path(__file__).parents[1] / "hrm-text-1b" / "config.json"
 SHAPES = ((1, 192), (8, 192), (64, 576), (256, 288))  # batch, tokens in each one's context
 REPEATS = 30
 
