@@ -21,7 +21,10 @@ CONFIG = Path(__file__).parent / "hrm-text-1b"
 SHAPES = ((1, 128), (8, 128), (64, 512), (256, 256))  # batch, prompt tokens
 SHORT, LONG = 8, 72  # tokens a request
 TURNS, TURN_TOKENS, ANSWER_TOKENS = 5, 512, 64
-ENGINES: dict[str, dict[str, Any]] = {"plugin": {}, "in-tree": {"plugins": "none"}}
+ENGINES: dict[str, dict[str, Any]] = {
+    "plugin": {"attention_backend": "fa3", "kernels": "1"},
+    "in-tree": {"plugins": "none"},
+}
 
 
 def tokens(count: int) -> list[int]:
@@ -78,6 +81,7 @@ def cached(outputs: list[dict[str, Any]]) -> int:
 def _measure(name: str, repeats: int, pipe: Any) -> None:
     options = dict(ENGINES[name])
     os.environ["SGLANG_PLUGINS"] = options.pop("plugins", "hrm_text")
+    os.environ["HRM_TEXT_KERNELS"] = options.pop("kernels", "0")
     began = time.perf_counter()
     import sglang
 

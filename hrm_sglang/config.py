@@ -100,15 +100,6 @@ def _lora_targets(view: Any) -> set[str] | None:
     return set(lora.TARGETS)
 
 
-def _default_backend(device: str) -> str:
-    """As SGLang itself chooses among the backends that are supported here."""
-    from sglang.srt.utils import is_hopper_with_cuda_12_3
-
-    if device == "cpu":
-        return "torch_native"
-    return "fa3" if is_hopper_with_cuda_12_3() else "triton"
-
-
 def _configure(server_args: Any) -> None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -116,6 +107,7 @@ def _configure(server_args: Any) -> None:
 
     view = resolving_view(server_args)
     chosen = server_args.attention_backend
+    default = "torch_native" if view.device == "cpu" else "triton"
     for field in ("prefill_attention_backend", "decode_attention_backend"):
         if getattr(view, field, None) not in (None, *SUPPORTED_BACKENDS):
             raise ValueError(unsupported(getattr(view, field)))
@@ -124,7 +116,7 @@ def _configure(server_args: Any) -> None:
     declare_resolution(
         server_args,
         "hrm_text",
-        attention_backend=chosen or _default_backend(view.device),
+        attention_backend=chosen or default,
         radix_cache_backend=CACHE,
         page_size=1,
         lora_target_modules=_lora_targets(view),

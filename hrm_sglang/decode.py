@@ -58,10 +58,14 @@ class Decoder:
 
     def _decide(self, z_H: torch.Tensor, backend: Any) -> None:
         self._decided = True
-        reason = why_off(z_H.device) or why_not(self._body[0]) or _why_not(backend, z_H.dtype)
+        if why_off():
+            return
+        reason = why_not(self._body[0]) or _why_not(backend, z_H.dtype)
         if reason is None:
             self._fused = FusedDecode(self._body[0], z_H.device)
-        logger.info("HRM-Text: decode runs on %s", f"SGLang's layers: {reason}" if reason else "the fused kernels")
+            logger.info("HRM-Text: decode runs on the fused kernels")
+        else:
+            logger.warning("HRM-Text: decode runs on SGLang's layers, not on the fused kernels: %s", reason)
 
 
 def _backend() -> Any:

@@ -45,15 +45,17 @@ FLOAT32 = {"attention_backend": "triton", "dtype": "float32"}
 TRITON = {"attention_backend": "triton", "dtype": "bfloat16"}
 FLASH = {"attention_backend": "fa3", "dtype": "bfloat16"}
 IN_TREE = {"env": {"SGLANG_PLUGINS": "none"}}
+FUSED = {"env": {"HRM_TEXT_KERNELS": "1"}}
 TIGHT = {"max_total_tokens": 360, "schedule_conservativeness": 0.1}
 OURS: dict[str, dict[str, Any]] = {
     "triton float32": FLOAT32,
+    "triton float32 fused": FLOAT32 | FUSED,
     "triton float32 retraction": FLOAT32 | TIGHT,
     "triton bf16": TRITON,
     "fa3 bf16": FLASH,
-    "fa3 bf16 retraction": FLASH | TIGHT,
+    "fa3 bf16 fused": FLASH | FUSED,
+    "fa3 bf16 fused retraction": FLASH | FUSED | TIGHT,
     "fa3 bf16 mixed chunks": FLASH | {"enable_mixed_chunk": True},
-    "fa3 bf16 engine layers": FLASH | {"env": {"HRM_TEXT_KERNELS": "0"}},
 }
 OTHERS: dict[str, dict[str, Any]] = {"in-tree float32": FLOAT32 | IN_TREE, "in-tree bf16": TRITON | IN_TREE}
 

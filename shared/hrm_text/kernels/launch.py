@@ -11,23 +11,19 @@ from typing import Any
 
 import torch
 
-OPTION = "HRM_TEXT_KERNELS"  # 0 switches the fused kernels off, 1 on where they were not measured
+OPTION = "HRM_TEXT_KERNELS"  # 1 switches the fused kernels on
 
 
-def why_off(device: torch.device) -> str | None:
-    """Why a device's decode steps are left to the engine's layers; None where the fused kernels run.
+def why_off() -> str | None:
+    """Why decode steps are left to the engine's layers; None where the fused kernels run.
 
     Raises:
         ValueError: the option has a value that is neither 0 nor 1.
     """
-    wanted = os.environ.get(OPTION, "")
-    if wanted not in ("", "0", "1"):
+    wanted = os.environ.get(OPTION, "0")
+    if wanted not in ("0", "1"):
         raise ValueError(f"{OPTION}={wanted!r}: must be 0 or 1, or unset")
-    if wanted == "0":
-        return f"{OPTION}=0"
-    if wanted == "1" or dependent_launch(device):
-        return None
-    return f"the kernels are verified on Hopper only ({OPTION}=1 runs them all the same)"
+    return None if wanted == "1" else f"{OPTION}={wanted}"
 
 
 @functools.cache

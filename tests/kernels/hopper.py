@@ -1,0 +1,69 @@
+"""Compile every kernel for Hopper at the 1B's shapes, on a machine without a GPU: `python -m tests.kernels.hopper`.
+
+The interpreter lets pass what the compiler refuses (a variable with two shapes, say).
+"""
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from hrm_text.kernels.attention import _decode, splits_for, tile
+from hrm_text.kernels.launch import two_parts
+from hrm_text.kernels.linear import MAX_TOKENS, _in_registers, _on_tensor_cores, register_block, tensor_core_tile
+from hrm_text.kernels.swiglu import _scaled_swiglu
+
+HIDDEN, WIDE, HEADS, DIM = 1536, 4096, 12, 128
+FLOATS = {"scale", "eps"}
+FLOAT32 = {"cos_sin_ptr", "partial_ptr", "stats_ptr"}
+INT64 = {"positions_ptr", "write_slots_ptr"}
+INT32 = {"table_ptr", "row_starts_ptr", "lengths_ptr", "arrivals_ptr"}
+
+
+def kind(name: str) -> str:
+    """Type of an argument, by its name."""
+    if not name.endswith("_ptr"):
+        return "fp32" if name in FLOATS else "i32"
+    return "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*i32" if name in INT32 else "*bf16"
+
+
+def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int) -> int:
+    """Bytes of shared memory that the kernel takes on an H100 or H200."""
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else kind(name) for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    # As at a launch: tensors and their widths are multiples of 16.
+    aligned = [name for name in names if name not in constants and (name.endswith("_ptr") or kind(name) == "i32")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name != "tokens"}
+    source = ASTSource(kernel, signature, values, attributes)
+    options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)}
+    return int(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared)
+
+
+def main() -> None:
+    """Compile them all and print what shared memory each takes."""
+    for rows, width, norm, swiglu, residual in (
+        (4 * HIDDEN, HIDDEN, True, False, False),
+        (HIDDEN, HIDDEN, False, False, True),
+        (WIDE, HIDDEN, True, True, False),
+        (HIDDEN, WIDE, False, False, True),
+    ):
+        first, rest = two_parts(width)
+        shape = {"K": width, "K0": first, "K1": rest, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
+        one = {"TOKENS": 1, "BLOCK": register_block(width, swiglu), "PDL": True}
+        print("in registers", rows, width, compile_kernel(_in_registers, shape | one, 4))
+        block, columns, stages, warps = tensor_core_tile(rows, width)
+        few = {"TOKENS": MAX_TOKENS, "BLOCK": block, "BLOCK_K": columns, "STAGES": stages}
+        print("on tensor cores", rows, width, compile_kernel(_on_tensor_cores, shape | few, warps))
+    for tokens, ragged in ((1, True), (8, False), (64, True), (64, False)):
+        splits = splits_for(tokens, HEADS)
+        block, stages, warps = tile(splits)
+        shape = {"HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": 1, "RAGGED": ragged, "PDL": True}
+        rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "NORM": splits == 1}
+        print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
+    print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))
+
+
+if __name__ == "__main__":
+    main()
