@@ -178,8 +178,7 @@ def plan(env: Environment, extra: str, dev: bool) -> list[Step]:
     says = "checking that everything can be imported (about 20 s)"
     steps.append(Step("verify", says, digest(VERIFY), lambda: verify(env, extra)))
     if dev:
-        # The tests of evaluation run beside vLLM's; what they need would slow every start of SGLang.
-        tools = [*extras["dev"], *([] if extra == "sglang-cpu" else extras["eval"])]
+        tools = [*extras["dev"], *extras["eval"]]
         steps.append(Step("dev", "installing the test tools", digest(tools), pip("install", *tools)))
     return steps
 
