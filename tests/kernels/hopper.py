@@ -50,8 +50,8 @@ def main() -> None:
         (HIDDEN, WIDE, False, False, True),
     ):
         first, rest = two_parts(width)
-        shape = {"K": width, "K0": first, "K1": rest, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
-        one = {"TOKENS": 1, "BLOCK": register_block(width, swiglu), "PDL": True}
+        shape = {"K": width, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
+        one = {"K0": first, "K1": rest, "TOKENS": 1, "BLOCK": register_block(width, swiglu), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, 4))
         block, columns, stages, warps = tensor_core_tile(rows, width)
         few = {"TOKENS": MAX_TOKENS, "BLOCK": block, "BLOCK_K": columns, "STAGES": stages}

@@ -95,8 +95,6 @@ def _on_tensor_cores(
     rows,
     eps,
     K: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -111,15 +109,8 @@ def _on_tensor_cores(
     start = row.to(tl.int64) * K
     product = tl.zeros((TOKENS, BLOCK), tl.float32)
     up = tl.zeros((TOKENS, BLOCK), tl.float32)
-    square_sum = tl.zeros((TOKENS,), tl.float32)
+    squares = tl.zeros((TOKENS, BLOCK_K), tl.float32)  # summed once, behind the loop: a sum crosses warps
     inside = token[:, None] < tokens
-    if NORM:
-        wide = tl.load(x_ptr + token[:, None] * K + tl.arange(0, K0)[None, :], mask=inside, other=0.0).to(tl.float32)
-        square_sum = tl.sum(wide * wide, 1)
-        if K1 > 0:
-            rest = x_ptr + token[:, None] * K + K0 + tl.arange(0, K1)[None, :]
-            wide = tl.load(rest, mask=inside, other=0.0).to(tl.float32)
-            square_sum += tl.sum(wide * wide, 1)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         column = k + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + start[None, :] + column[:, None])
@@ -128,7 +119,11 @@ def _on_tensor_cores(
         if SWIGLU:
             u = tl.load(w_ptr + rows * K + start[None, :] + column[:, None])
             up = tl.dot(x, u, up, input_precision="ieee")
+        if NORM:
+            wide = x.to(tl.float32)
+            squares += wide * wide
     offsets = token[:, None] * rows + row[None, :]
+    square_sum = tl.sum(squares, 1)
     product = _finish(product, up, square_sum[:, None], residual_ptr, offsets, inside, K, eps, NORM, SWIGLU, RESIDUAL)
     tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -156,7 +151,6 @@ def small_linear(
     tokens, width = x.shape
     rows = weight.shape[0] // 2 if swiglu else weight.shape[0]
     out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
-    first, rest = two_parts(width)
     flags = {
         "NORM": norm_eps is not None,
         "SWIGLU": swiglu,
@@ -164,6 +158,7 @@ def small_linear(
     }
     eps = norm_eps or 0.0
     if tokens <= MAX_REGISTER_TOKENS:
+        first, rest = two_parts(width)
         block = register_block(width, swiglu)
         _in_registers[(triton.cdiv(rows, block),)](
             x, weight, residual, out, tokens, rows, eps, width, first, rest,
@@ -173,7 +168,7 @@ def small_linear(
     else:
         block, block_k, stages, warps = tensor_core_tile(rows, width)
         _on_tensor_cores[(rows // block,)](
-            x, weight, residual, out, tokens, rows, eps, width, first, rest,
+            x, weight, residual, out, tokens, rows, eps, width,
             TOKENS=MAX_TOKENS, BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
         )  # fmt: skip
     return out
