@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-SUPPORTED = ((0, 5, 22), (0, 5, 23))
-SUPPORTED_TEXT = "SGLang 0.5.22 to 0.5.23"
+SUPPORTED = ((0, 5, 20), (0, 5, 21), (0, 5, 22), (0, 5, 23))
+SUPPORTED_TEXT = "SGLang 0.5.20 to 0.5.23"
 
 
 def check_version() -> None:
@@ -125,3 +125,23 @@ def unclipped(adder: Any) -> Iterator[None]:
         yield
     finally:
         adder.rem_total_token_offset += more
+
+
+def fill_kv_slots(backend: Any, forward_batch: Any, rows: Any, lengths: Any, kv_indptr: Any, kv_indices: Any) -> None:
+    """Fill in the offsets and KV slots of the first `lengths` tokens of `rows` for the Triton backend.
+
+    0.5.22 plans them once a batch and takes our offsets; before it, the backend's own method writes to offsets
+    that it shares with the stock launch.
+    """
+    if _from(0, 5, 22):
+        plan = forward_batch.kv_loc_plan
+        backend._fill_kv_indptr_and_indices(plan, len(rows), lengths, rows, kv_indices, kv_indptr)
+        return
+    kv_indptr[1:] = lengths.cumsum(0)
+    backend.kv_index_translator.fill_packed_read_stream(
+        req_pool_indices=rows,
+        seq_lens=lengths,
+        indptr=kv_indptr,
+        total_tokens=kv_indices.numel(),
+        out=kv_indices,
+    )

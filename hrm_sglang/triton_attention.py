@@ -8,6 +8,7 @@ import torch
 from sglang.srt.layers.attention.triton_backend import TritonAttnBackend
 
 from hrm_sglang.attention import VirtualSequence, computed_again, cut_batch
+from hrm_sglang.compat import fill_kv_slots
 
 
 @dataclass(frozen=True)
@@ -71,14 +72,7 @@ class PrefixLMTritonBackend(TritonAttnBackend):
         rows = torch.tensor([sequence.row for sequence in cut], dtype=torch.int64, device=self.device)
         kv_indices = torch.empty(sum(sequence.prefix for sequence in cut) or 1, dtype=torch.int64, device=self.device)
         kv_indptr = torch.zeros(len(cut) + 1, dtype=torch.int32, device=self.device)
-        self._fill_kv_indptr_and_indices(
-            forward_batch.kv_loc_plan,
-            len(cut),
-            prefixes,
-            forward_batch.req_pool_indices[rows],
-            kv_indices,
-            kv_indptr,
-        )
+        fill_kv_slots(self, forward_batch, forward_batch.req_pool_indices[rows], prefixes, kv_indptr, kv_indices)
         qo_indptr = torch.zeros(len(cut) + 1, dtype=torch.int64)
         qo_indptr[1:] = torch.tensor(lengths).cumsum(0)
         return Launch(tokens, causal, qo_indptr.to(self.device), kv_indptr, kv_indices, lengths)

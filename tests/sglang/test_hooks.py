@@ -61,11 +61,11 @@ def test_a_hook_that_was_undone_is_seen(name: str, monkeypatch: pytest.MonkeyPat
 
 
 def test_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for version in ("0.5.21", "0.5.24", "0.6.0"):
+    for version in ("0.5.19", "0.5.24", "0.6.0"):
         monkeypatch.setattr("sglang.version.__version__", version)
-        with pytest.raises(HookError, match=r"0\.5\.22 to 0\.5\.23"):
+        with pytest.raises(HookError, match=r"0\.5\.20 to 0\.5\.23"):
             compat.check_version()
-    for version in ("0.5.22", "0.5.22.post1"):
+    for version in ("0.5.20", "0.5.22.post1"):
         monkeypatch.setattr("sglang.version.__version__", version)
         compat.check_version()
 
