@@ -30,10 +30,9 @@ class Decoder:
     """
 
     def __init__(self, body: HrmTextBody) -> None:
-        # In a tuple, so that the body does not become a submodule twice.
-        self._body = (body,)
-        self._decided = False
-        self._fused: FusedDecode | None = None
+        self._body = body
+        self._decided = why_off() is not None
+        self.fused: FusedDecode | None = None
 
     def recur(
         self, positions: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor, forward_batch: Any
@@ -44,25 +43,23 @@ class Decoder:
         backend = _backend()
         if not self._decided:
             self._decide(z_H, backend)
-        if self._fused is None:
+        if self.fused is None:
             return None
         table, row_starts, lengths = backend.decode_table()
-        rope = self._body[0].L_module.layers[0].self_attn.rotary_emb
+        rope = self._body.L_module.layers[0].self_attn.rotary_emb
         batch = DecodeBatch(positions, forward_batch.out_cache_loc, table, row_starts, lengths, 1, rope.cos_sin_cache)
 
         def caches(slot: int) -> tuple[torch.Tensor, torch.Tensor]:
             k, v = backend.token_to_kv_pool.get_kv_buffer(slot)
             return k.unsqueeze(1), v.unsqueeze(1)
 
-        return self._fused(z_H, z_L, batch, caches)
+        return self.fused(z_H, z_L, batch, caches)
 
     def _decide(self, z_H: torch.Tensor, backend: Any) -> None:
         self._decided = True
-        if why_off():
-            return
-        reason = why_not(self._body[0]) or _why_not(backend, z_H.dtype)
+        reason = why_not(self._body, z_H.dtype) or _why_not(backend, z_H.dtype)
         if reason is None:
-            self._fused = FusedDecode(self._body[0], z_H.device)
+            self.fused = FusedDecode(self._body, z_H.device)
             logger.info("HRM-Text: decode runs on the fused kernels")
         else:
             logger.warning("HRM-Text: decode runs on SGLang's layers, not on the fused kernels: %s", reason)
@@ -71,11 +68,14 @@ class Decoder:
 def _backend() -> Any:
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
-    return get_attn_backend()
+    backend = get_attn_backend()
+    # Of a pair for prefill and decode, the one for decode.
+    return getattr(backend, "decode_backend", backend)
 
 
 def _why_not(backend: Any, dtype: torch.dtype) -> str | None:
     if not hasattr(backend, "decode_table"):
         return f"the attention backend {type(backend).__name__}"
-    k, _ = backend.token_to_kv_pool.get_kv_buffer(0)
-    return None if k.dtype == dtype else f"a KV cache of {k.dtype}"
+    (k, _), (again, _) = (backend.token_to_kv_pool.get_kv_buffer(0) for _ in range(2))
+    # A pool that hands out converted copies would lose what the kernels write.
+    return None if k.dtype == dtype and k.data_ptr() == again.data_ptr() else "a quantised KV cache"

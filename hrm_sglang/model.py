@@ -21,6 +21,8 @@ class HrmTextForCausalLM(nn.Module):
     """HRM-Text with its LM head; replaces SGLang's in-tree class of the same name (SGLang 0.5.23)."""
 
     packed_modules_mapping = PACKED_MODULES
+    # Compiled, a decode step would trace through the fused kernels and 128 layer calls; SGLang reads this.
+    _can_torch_compile = False
 
     def __init__(self, config: Any, quant_config: Any = None, prefix: str = "") -> None:
         super().__init__()

@@ -105,6 +105,13 @@ def test_equals_float64(lengths: list[int], ragged: bool, page_size: int, normed
         assert torch.equal(cache, before), "something else was written"
 
 
+@pytest.mark.parametrize("lengths", [[1500], [700] * 16, [1500, 1, 40]])
+def test_a_split_takes_many_blocks(lengths: list[int]) -> None:
+    case = Case(lengths, 16, False, False, 0)
+    expected, _, _ = case.expected()
+    assert error(attend(case), expected) <= TOLERANCE
+
+
 def test_splits_are_counted_anew_each_time() -> None:
     assert splits_for(1, HEADS) > 1
     attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
@@ -125,9 +132,26 @@ def test_padding_rows_write_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_bad_numbers_come_through(bad: float) -> None:
-    case = Case([40, 40], 1, True, False, 0)
-    case.v_cache[case.pages[0][7], 0] = bad
+@pytest.mark.parametrize("cache", ["k_cache", "v_cache"])
+@pytest.mark.parametrize("length", [40, 150])  # one piece, and several to combine
+def test_bad_numbers_come_through(bad: float, cache: str, length: int) -> None:
+    case = Case([length, length], 1, True, False, 0)
+    getattr(case, cache)[case.pages[0][7], 0] = bad
     got = attend(case)
     assert not got[0].isfinite().any()
     assert got[1].isfinite().all()
+
+
+def test_graph_padding_reads_nothing() -> None:
+    """A padding row as SGLang makes it (one token, slot 0) and as vLLM does (no token, slot -1)."""
+    case = Case([5, 9, 9], 16, False, False, 0)
+    assert case.batch.lengths is not None
+    case.batch.lengths[1:] = torch.tensor([1, 0])
+    case.batch.positions[1:] = 0
+    case.batch.write_slots[1:] = torch.tensor([0, -1])
+    case.batch.table[1:] = 0
+    before = case.k_cache.clone()
+    got = attend(case)
+    assert got.isfinite().all()
+    changed = (case.k_cache != before).flatten(2).any(-1).nonzero().tolist()
+    assert changed == [[0, 0], [case.pages[0][0], 4]]

@@ -40,7 +40,7 @@ def body(tiny: str, reference: Any) -> HrmTextBody:
 @pytest.mark.parametrize("rows", [1, 2, 17])
 def test_tokens_one_by_one_equal_the_oracle(body: HrmTextBody, reference: Any, rows: int) -> None:
     """Every row of the batch decodes its own causal prompt from an empty cache, all kernels and both paths in play."""
-    assert why_not(body) is None
+    assert why_not(body, torch.float32) is None
     shape = body.shape
     generator = torch.Generator().manual_seed(rows)
     prompts = torch.randint(12, shape.vocab_size, (rows, LENGTH), generator=generator)
@@ -67,11 +67,22 @@ def test_tokens_one_by_one_equal_the_oracle(body: HrmTextBody, reference: Any, r
         assert float((got - expected).abs().max()) <= 1e-5
 
 
-def test_quantised_wrapped_and_sharded_projections_are_refused(body: HrmTextBody) -> None:
-    layer = body.H_module.layers[0].self_attn
-    weight = layer.o_proj.weight
-    for other in (weight.to(torch.float8_e4m3fn), weight[:, : weight.shape[1] // 2].contiguous()):
-        layer.o_proj.weight = torch.nn.Parameter(other, requires_grad=False)
-        assert "o_proj" in str(why_not(body))
-    layer.o_proj.weight = weight
-    assert why_not(body) is None
+def test_other_weights_are_refused(body: HrmTextBody) -> None:
+    """Quantised, sharded, of another dtype, wrapped for LoRA; and a pipeline stage."""
+    attention = body.H_module.layers[0].self_attn
+    projection, weight = attention.o_proj, attention.o_proj.weight
+    half = weight[:, : weight.shape[1] // 2].contiguous()
+    for other in (weight.to(torch.float8_e4m3fn), half, weight.bfloat16()):
+        projection.weight = torch.nn.Parameter(other, requires_grad=False)
+        assert "o_proj" in str(why_not(body, torch.float32))
+    projection.weight = weight
+    wrapper = torch.nn.Module()
+    wrapper.base_layer, wrapper.weight = projection, weight
+    attention.o_proj = wrapper
+    assert "LoRA" in str(why_not(body, torch.float32))
+    attention.o_proj = projection
+    assert "float16" in str(why_not(body, torch.float16))
+    body.stage = range(4)
+    assert why_not(body, torch.float32) == "pipeline parallelism"
+    body.stage = range(len(body.steps))
+    assert why_not(body, torch.float32) is None

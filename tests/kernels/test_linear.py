@@ -24,7 +24,9 @@ def draw(*shape: int, seed: int, scale: float = 1.0) -> torch.Tensor:
 
 
 def error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((got.double() - expected).norm() / expected.norm())
+    """Largest relative error of a token: one wrong row must not hide among right ones."""
+    got, expected = got.double().flatten(1), expected.flatten(1)
+    return float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
 def expected_linear(
@@ -50,9 +52,10 @@ def expected_linear(
 )
 def test_equals_float64(shape: tuple[int, int], tokens: int, norm: bool, kind: str, seed: int) -> None:
     rows, width = shape
-    x = draw(tokens, width, seed=seed, scale=3.0)
+    # Small enough, at times, for the norm's epsilon to matter.
+    x = draw(tokens, width, seed=seed, scale=3.0 if seed % 2 else 1e-3)
     weight = draw(rows, width, seed=seed + 1, scale=width**-0.5)
-    residual = draw(tokens, rows, seed=seed + 2) if kind == "residual" else None
+    residual = draw(tokens, rows, seed=seed + 2, scale=0.1) if kind == "residual" else None
     got = small_linear(x, weight, norm_eps=EPS if norm else None, swiglu=kind == "swiglu", residual=residual)
     expected = expected_linear(x, weight, norm, kind == "swiglu", residual)
     assert got.shape == expected.shape

@@ -62,11 +62,24 @@ def _attend(q, k, v, inside, peak, total, mixed):
 
 
 @triton.jit
-def _rotated(row, head_offset, full, cos, sign_sin, factor, HALF: tl.constexpr, DIM: tl.constexpr):
-    """A head's query or key after the norm factor and RoPE (neox), float32."""
-    own = tl.load(row + head_offset + full).to(tl.float32)
-    partner = tl.load(row + head_offset + (full + HALF) % DIM).to(tl.float32)
-    return (own * cos + partner * sign_sin) * factor
+def _rotated(head_ptr, full, cos, sign_sin, HALF: tl.constexpr, DIM: tl.constexpr):
+    """A head's query or key after RoPE (neox), float32."""
+    own = tl.load(head_ptr + full).to(tl.float32)
+    partner = tl.load(head_ptr + (full + HALF) % DIM).to(tl.float32)
+    return own * cos + partner * sign_sin
+
+
+@triton.jit
+def _combine(partial_ptr, stats_ptr, full, pieces, SPLITS: tl.constexpr, DIM: tl.constexpr):
+    """What the pieces of a context found, as one; `partial_ptr` and `stats_ptr` are those of its first piece."""
+    each = tl.arange(0, SPLITS)
+    there = each < pieces
+    tops = tl.load(stats_ptr + 2 * each, mask=there, other=-float("inf"), cache_modifier=".cg")
+    weights = tl.load(stats_ptr + 2 * each + 1, mask=there, other=0.0, cache_modifier=".cg")
+    rows = partial_ptr + (each * DIM)[:, None] + full[None, :]
+    parts = tl.load(rows, mask=there[:, None], other=0.0, cache_modifier=".cg")
+    share = tl.exp2(tops - tl.max(tops, 0))
+    return tl.sum(parts * share[:, None], 0) / tl.sum(weights * share, 0)
 
 
 @triton.jit
@@ -106,6 +119,7 @@ def _decode(
     v_rows = _rows(v_base, table_ptr, first, begin + offset, inside, v_page, v_token, PAGE)
     k = tl.load(k_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
     v = tl.load(v_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+    slot = tl.load(write_slots_ptr + request).to(tl.int64)
     place = tl.load(positions_ptr + request)
     cos = tl.load(cos_sin_ptr + place * DIM + full % HALF).to(tl.float32)
     sin = tl.load(cos_sin_ptr + place * DIM + HALF + full % HALF).to(tl.float32)
@@ -113,13 +127,18 @@ def _decode(
     if PDL:
         tl.extra.cuda.gdc_wait()
 
-    factor = 1.0
+    # All that the last kernel wrote is asked for at once: sums in between wait for all warps.
+    row = gqkv_ptr + request * 4 * HEADS * DIM + head * DIM
+    gate = tl.load(row + full).to(tl.float32)
+    q = _rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+    key = _rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+    value = tl.load(row + 3 * HEADS * DIM + full).to(tl.float32)
     if NORM:
         column = tl.arange(0, WIDE)
         x = tl.load(x_ptr + request * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
         factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HIDDEN + eps)
-    row = gqkv_ptr + request * 4 * HEADS * DIM + head * DIM
-    q = _rotated(row, HEADS * DIM, full, cos, sign_sin, factor * scale * 1.4426950408889634, HALF, DIM)
+        gate, q, key, value = gate * factor, q * factor, key * factor, value * factor
+    q = q * (scale * 1.4426950408889634)
 
     peak = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -139,43 +158,35 @@ def _decode(
     weights = tl.sum(total * share, 0)
 
     if split == pieces - 1:
-        # The new token: its key and value come from the projection and go to the cache on the way.
-        kind = k_ptr.dtype.element_ty
-        key = _rotated(row, 2 * HEADS * DIM, full, cos, sign_sin, factor, HALF, DIM).to(kind)
-        value = (tl.load(row + 3 * HEADS * DIM + full).to(tl.float32) * factor).to(kind)
-        slot = tl.load(write_slots_ptr + request).to(tl.int64)
+        # The new token's key and value go to the cache on the way, and are attended to as the cache holds them.
+        new_key, new_value = key.to(k_ptr.dtype.element_ty), value.to(v_ptr.dtype.element_ty)
         if slot >= 0:
-            tl.store(k_base + (slot // PAGE) * k_page + (slot % PAGE) * k_token + full, key)
-            tl.store(v_base + (slot // PAGE) * v_page + (slot % PAGE) * v_token + full, value)
-        score = tl.sum(key.to(tl.float32) * q, 0)
+            tl.store(k_base + (slot // PAGE) * k_page + (slot % PAGE) * k_token + full, new_key)
+            tl.store(v_base + (slot // PAGE) * v_page + (slot % PAGE) * v_token + full, new_value)
+        score = tl.sum(new_key.to(tl.float32) * q, 0)
         new_top = tl.maximum(top, score)
         keep, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
-        result = result * keep + weight * value.to(tl.float32)
+        result = result * keep + weight * new_value.to(tl.float32)
         weights = weights * keep + weight
         top = new_top
 
     out = out_ptr + request * HEADS * DIM + head * DIM + full
-    gate = tl.sigmoid(tl.load(row + full).to(tl.float32) * factor)
-    if pieces == 1:
+    gate = tl.sigmoid(gate)
+    if SPLITS == 1:  # noqa: SIM114 - known to the compiler, which leaves the rest out
+        tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
+    elif pieces == 1:
         tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
     else:
         pair = request * HEADS + head
-        tl.store(partial_ptr + (pair * SPLITS + split) * DIM + full, result)
-        tl.store(stats_ptr + (pair * SPLITS + split) * 2, top)
-        tl.store(stats_ptr + (pair * SPLITS + split) * 2 + 1, weights)
+        partial, stats = partial_ptr + pair * SPLITS * DIM, stats_ptr + pair * SPLITS * 2
+        tl.store(partial + split * DIM + full, result)
+        tl.store(stats + split * 2, top)
+        tl.store(stats + split * 2 + 1, weights)
         tl.debug_barrier()  # every thread's part is stored before the arrival that announces it
         if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel") == pieces - 1:
             tl.store(arrivals_ptr + pair, 0)
-            each = tl.arange(0, SPLITS)
-            there = each < pieces
-            stats = stats_ptr + (pair * SPLITS + each) * 2
-            tops = tl.load(stats, mask=there, other=-float("inf"), cache_modifier=".cg")
-            part = tl.exp2(tops - tl.max(tops, 0))
-            all_weights = tl.sum(tl.load(stats + 1, mask=there, other=0.0, cache_modifier=".cg") * part, 0)
-            rows = partial_ptr + ((pair * SPLITS + each) * DIM)[:, None] + full[None, :]
-            parts = tl.load(rows, mask=there[:, None], other=0.0, cache_modifier=".cg")
-            mean = tl.sum(parts * part[:, None], 0) / all_weights
-            tl.store(out, (mean * gate).to(out_ptr.dtype.element_ty))
+            whole = _combine(partial, stats, full, pieces, SPLITS, DIM)
+            tl.store(out, (whole * gate).to(out_ptr.dtype.element_ty))
 
 
 def splits_for(tokens: int, heads: int) -> int:

@@ -67,8 +67,8 @@ class FusedDecode:
         return torch.addmm(x, act, mlp.down_proj.weight.t())
 
 
-def why_not(body: HrmTextBody) -> str | None:
-    """Why a body cannot run on the fused kernels; None when it can."""
+def why_not(body: HrmTextBody, dtype: torch.dtype) -> str | None:
+    """Why a body with activations of `dtype` cannot run on the fused kernels; None when it can."""
     shape = body.shape
     if len(body.stage) != len(body.steps):
         return "pipeline parallelism"
@@ -86,12 +86,11 @@ def why_not(body: HrmTextBody) -> str | None:
         if whole is None:
             continue
         weight = getattr(module, "weight", None)
-        if (
-            hasattr(module, "base_layer")
-            or weight is None
-            or weight.dtype not in (torch.bfloat16, torch.float16, torch.float32)
-        ):
+        if hasattr(module, "base_layer") or weight is None:
             return f"{name} is quantised, or wrapped as LoRA wraps it"
+        # float16 has no room for a product whose norm factor is still to come.
+        if weight.dtype != dtype or dtype not in (torch.bfloat16, torch.float32):
+            return f"{name} is {weight.dtype} in a model of {dtype}; bfloat16 and float32 are supported"
         if weight.shape != whole:
             return f"{name} is split by tensor parallelism"
         if not weight.is_contiguous() or not fits(*whole):
