@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[2]
 STUBS = str(ROOT / "tests/sglang/stubs")
 TOLERANCE = 1e-5
 EOS = 11
+FUSED_LOG = "decode runs on the fused kernels"  # what hrm_sglang.decode logs
 RULE = SpanRule(envelope=None)
 CPU_DEFAULTS: dict[str, Any] = {"device": "cpu"}
 DEFAULTS: dict[str, Any] = {
@@ -60,10 +61,13 @@ class Engine:
     Args:
         on_gpu: whether it runs on a GPU, and so needs none of the stand-ins.
         env: environment of the process, beside the inherited one.
+        log: a file for what it logs; else it goes to the test's own standard error.
         kwargs: of `sglang.Engine`, over `DEFAULTS`.
     """
 
-    def __init__(self, on_gpu: bool = False, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, on_gpu: bool = False, env: Mapping[str, str] | None = None, log: Path | None = None, **kwargs: Any
+    ) -> None:
         added = {**({} if on_gpu else cpu_environment()), **(env or {})}
         if kwargs.get("enable_lora"):
             added[on_cpu.VARIABLE] = "1"
@@ -73,7 +77,7 @@ class Engine:
         try:
             context = mp.get_context("spawn")
             self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, kwargs), daemon=False)
+            self._process = context.Process(target=_serve, args=(theirs, kwargs, log), daemon=False)
             self._process.start()
             theirs.close()
         finally:
@@ -120,7 +124,9 @@ class Engine:
         return value
 
 
-def _serve(pipe: Any, kwargs: dict[str, Any]) -> None:
+def _serve(pipe: Any, kwargs: dict[str, Any], log: Path | None) -> None:
+    if log:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
     try:
         import sglang
 

@@ -6,6 +6,7 @@
 import contextlib
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ pytest.importorskip("sglang")
 
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
-from tests.sglang.engine import Engine, deviation, prompt, retractions, true_spans
+from tests.sglang.engine import FUSED_LOG, Engine, deviation, prompt, retractions, true_spans
 from tests.sglang.test_prefix_cache import CASES, P, flush
 from tests.vllm.engine import Ask
 from tests.vllm.mixes import asks
@@ -39,7 +40,10 @@ GPU: dict[str, Any] = {
     "mem_fraction_static": 0.7,
     # PyTorch's own sampler: the default one compiles its kernels when it first starts.
     "sampling_backend": "pytorch",
-    "cuda_graph_config": {"decode": {"bs": [1, 2, 4, 8]}},
+    "max_running_requests": 24,
+    # 24 for batches beyond the kernels for few tokens, and padded ones.
+    "cuda_graph_config": {"decode": {"bs": [1, 2, 4, 8, 24]}},
+    "log_level": "info",
 }
 FLOAT32 = {"attention_backend": "triton", "dtype": "float32"}
 TRITON = {"attention_backend": "triton", "dtype": "bfloat16"}
@@ -72,12 +76,18 @@ def gpu_reference(checkpoint: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engines(checkpoint: str) -> Iterator[dict[str, Engine]]:
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the engines' logs, one file each."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: str, logs: Path) -> Iterator[dict[str, Engine]]:
     """All engines, started together: most of a start is one core's work."""
     options = OURS | OTHERS
     ports = free_ports(len(options))
     started = {
-        name: Engine(model_path=checkpoint, nccl_port=port, **(GPU | options[name]))
+        name: Engine(model_path=checkpoint, log=logs / name, nccl_port=port, **(GPU | options[name]))
         for name, port in zip(options, ports, strict=True)
     }
     with contextlib.ExitStack() as stack:
@@ -166,9 +176,32 @@ def test_next_turn_reuses_generated_tokens(
     assert deviation(gpu_reference, second, again) <= 2 * yardsticks["float32"].largest
 
 
+@pytest.mark.parametrize("name", [name for name in OURS if "retraction" not in name])
+def test_a_large_batch(
+    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+) -> None:
+    """Twenty requests in a graph of 24."""
+    batch = [Ask(prompt(20 + 3 * seed, seed), (0, 15 + seed), 12) for seed in range(20)]
+    emitted = [
+        value
+        for ask, samples in zip(batch, engines[name].ask(batch), strict=True)
+        for value in emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples)
+    ]
+    measured, yardstick = Yardstick.of(emitted), of_engine(name, yardsticks)
+    print(f"\n{name}: {measured}")
+    assert measured.mean <= 1.2 * yardstick.mean
+    assert measured.largest <= 2 * yardstick.largest
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_the_fused_kernels_run_where_they_should(name: str, engines: dict[str, Engine], logs: Path) -> None:
+    engines[name].ask([Ask(P[:9], (), 4)])
+    assert (FUSED_LOG in (logs / name).read_text()) == ("fused" in name)
+
+
 def test_decode_graphs_are_captured(engines: dict[str, Engine]) -> None:
     for name in OURS:
-        assert engines[name].call(decode_graphs) == ("full", [1, 2, 4, 8]), name
+        assert engines[name].call(decode_graphs) == ("full", [1, 2, 4, 8, 24]), name
     assert engines["in-tree bf16"].call(decode_graphs)[0] == "disabled"
 
 

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
-from tests.sglang.engine import TOLERANCE, Engine, generate, prompt, worst_deviation
+from tests.sglang.engine import FUSED_LOG, TOLERANCE, Engine, generate, prompt, worst_deviation
 from tests.sglang.test_parallel_and_lora import LORA, check, make_adapters
 from tests.vllm.engine import Ask
 
@@ -16,15 +16,17 @@ P = prompt(18)
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels", ["0", "1"])
-def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any, kernels: str) -> None:
+def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any, tmp_path: Path, kernels: str) -> None:
     """Decode on SGLang's layers, and on the fused kernels."""
     env = {"TRITON_INTERPRET": "1", "HRM_TEXT_KERNELS": kernels}
-    with Engine(env=env, model_path=tiny, attention_backend="triton", chunked_prefill_size=8) as engine:
+    options: dict[str, Any] = {"attention_backend": "triton", "chunked_prefill_size": 8, "log_level": "info"}
+    with Engine(env=env, log=tmp_path / "log", model_path=tiny, **options) as engine:
         # A batch of a span and a causal run, then spans with chunks and with a cache hit inside one.
         batch = [Ask(P, (0, 12), max_tokens=2), Ask(prompt(7, 1), (), max_tokens=2)]
         assert worst_deviation(reference, engine, batch) <= TOLERANCE
         for spans in ((3, 9, 9, 14), (0, 12)):
             assert worst_deviation(reference, engine, [Ask(P, spans, max_tokens=2, score=True)]) <= TOLERANCE
+    assert (FUSED_LOG in (tmp_path / "log").read_text()) == (kernels == "1")
 
 
 @pytest.mark.slow
