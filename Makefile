@@ -31,9 +31,10 @@ lint:  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench:  ## compare with the in-tree model: step times on a GPU, log-probs on a CPU
+bench: export VLLM_CPU_KVCACHE_SPACE ?= 2
+bench:  ## measure the engines side by side on MODEL, by default a smoke run; ARGS="--size full --dummy" and the like
 	@$(SETUP) vllm --dev
-	@exec $(BIN)/python -m benchmarks $(ARGS)
+	@exec $(BIN)/hrm-text bench --model $(MODEL) $(ARGS)
 
 clean:  ## remove the environments and all caches
 	rm -rf .venv build dist *.egg-info shared/*.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from hrm_text.doctor import DoctorError, Finding
@@ -58,8 +59,7 @@ def evaluate(
     # One bar of ours, not one of lm-eval's for each subject; tqdm reads this when it is imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
-    names = tuple(filter(None, (name.strip() for name in tasks.split(","))))
-    request = Request(names, engine, model, data_dir, out, limit, server, tuple(options or ()))
+    request = Request(_names(tasks), engine, model, data_dir, out, limit, server, tuple(options or ()))
     # Whoever ends this command also ends the server that it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -74,6 +74,46 @@ def evaluate(
         said = f"eval: interrupted; answers so far are in {out}, and the same command goes on from there"
         console.print(said, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
+
+
+@app.command()
+def bench(
+    engines: Annotated[str, typer.Option(help="Names joined by commas; by default all that are installed.")] = "",
+    workloads: Annotated[str, typer.Option(help="Names joined by commas; by default all of the size.")] = "",
+    model: Annotated[str, typer.Option(help="Model name, folder or Hub id.")] = NANO,
+    size: Annotated[str, typer.Option(help="full, or smoke for a few minutes on a CPU.")] = "smoke",
+    dummy: Annotated[
+        bool, typer.Option("--dummy", help="Random weights: the model may be a config.json alone.")
+    ] = False,
+    data_dir: Annotated[str, typer.Option(help="Folder with gsm8k_test.jsonl.")] = "",
+    repeats: Annotated[int, typer.Option(help="Starts of each engine; 0 for the size's own number.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for results; a second run goes on there.")] = Path("bench"),
+    vllm_python: Annotated[str, typer.Option(help="Interpreter with vLLM, instead of the one found.")] = "",
+    sglang_python: Annotated[str, typer.Option(help="Interpreter with SGLang, instead of the one found.")] = "",
+) -> None:
+    """Measure the engines side by side, in-tree and with the plugin. Ends in tables, a JSON file and plots."""
+    from hrm_text.evaluation.server import EvalError
+    from hrm_text.throughput.engines import BenchError
+    from hrm_text.throughput.run import Request, bench
+
+    console = Console()
+    pythons = {"vllm": vllm_python, "sglang": sglang_python}
+    request = Request(_names(engines), _names(workloads), model, size, dummy, data_dir, repeats, out, pythons)
+    # Whoever ends this command also ends the engine that it started.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        bench(request, console)
+    except (BenchError, EvalError) as error:
+        console.print(f"[red]bench:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+    except KeyboardInterrupt:
+        said = f"bench: interrupted; results so far are in {out}, and the same command goes on from there"
+        console.print(said, highlight=False, soft_wrap=True)
+        raise typer.Exit(130) from None
+
+
+def _names(joined: str) -> tuple[str, ...]:
+    return tuple(filter(None, (name.strip() for name in joined.split(","))))
 
 
 def _installed_engine() -> str:

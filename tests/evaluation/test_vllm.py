@@ -23,13 +23,6 @@ SUBJECTS = ("world_religions", "miscellaneous")  # whose five shots fit nano's 1
 DOCUMENTS = 3
 
 
-class InTreeServer(Server):
-    """vLLM's own model; evaluating it is what `Server` refuses."""
-
-    def _require_plugin(self) -> None:
-        pass
-
-
 @pytest.fixture(scope="module")
 def environment() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
@@ -46,10 +39,8 @@ def plugin(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFac
 
 @pytest.fixture(scope="module")
 def in_tree(environment: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    environment.setenv("VLLM_PLUGINS", "")
-    server = InTreeServer("vllm", str(nano_path()), tmp_path_factory.mktemp("in-tree") / "log", options=OPTIONS)
-    with server:
-        environment.delenv("VLLM_PLUGINS")
+    log, own = tmp_path_factory.mktemp("in-tree") / "log", {"VLLM_PLUGINS": ""}
+    with Server("vllm", str(nano_path()), log, options=OPTIONS, environment=own, plugin=False) as server:
         yield server
 
 

@@ -9,7 +9,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -39,9 +39,22 @@ class Server:
         log: file for what a started server prints.
         url: of a running server.
         options: further arguments for a started server.
+        python: interpreter of the environment that has the engine.
+        environment: variables for a started server, beside the inherited ones.
+        plugin: whether the model must be this package's; without, it must be the engine's own.
     """
 
-    def __init__(self, engine: str, model: str, log: Path, url: str = "", options: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        engine: str,
+        model: str,
+        log: Path,
+        url: str = "",
+        options: Sequence[str] = (),
+        python: str = sys.executable,
+        environment: Mapping[str, str] | None = None,
+        plugin: bool = True,
+    ) -> None:
         self.engine, self.log, self.url = engine, log, url.rstrip("/").removesuffix("/v1")
         self._process: subprocess.Popen[bytes] | None = None
         if not url:
@@ -49,7 +62,9 @@ class Server:
                 probe.bind(("127.0.0.1", 0))
                 port = str(probe.getsockname()[1])
             self.url = f"http://127.0.0.1:{port}"
-            self._command = [*COMMANDS[engine], model, "--host", "127.0.0.1", "--port", port, *options]
+            self._command = [python, *COMMANDS[engine], model, "--host", "127.0.0.1", "--port", port, *options]
+        self._environment, self._plugin = dict(environment or {}), plugin
+        self.start_seconds = 0.0
         self.name = ""
 
     def __enter__(self) -> "Server":
@@ -57,7 +72,7 @@ class Server:
             if not self.url_is_given:
                 self._start()
             self.name = self._model_name()
-            self._require_plugin()
+            self._check_plugin()
         except BaseException:
             self._stop()
             raise
@@ -96,6 +111,23 @@ class Server:
         except (OSError, ValueError) as error:
             raise EvalError(self._why_silent(error)) from None
 
+    @property
+    def command(self) -> list[str]:
+        """The command line of a started server."""
+        return self._command
+
+    @property
+    def pid(self) -> int | None:
+        """The leader of a started server's session."""
+        return self._process.pid if self._process else None
+
+    def check_alive(self) -> None:
+        """Raises:
+        EvalError: the started server has ended.
+        """
+        if self._process is not None and (code := self._process.poll()) is not None:
+            raise EvalError(f"the {self.engine} server died (exit status {code}); see {self.log}")
+
     def _why_silent(self, error: Exception) -> str:
         if self._process is None:
             return f"no answer from the server at {self.url} ({error})"
@@ -107,11 +139,13 @@ class Server:
 
     def _start(self) -> None:
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ}  # GiB; only vLLM's CPU build reads it
+        began = time.monotonic()
+        # GiB; only vLLM's CPU build reads it
+        environment = {"VLLM_CPU_KVCACHE_SPACE": "2", **os.environ, **self._environment}
         with self.log.open("wb") as sink:
             # A session of its own: an interrupt reaches it only after the answers so far are kept.
             self._process = subprocess.Popen(
-                [sys.executable, *self._command],
+                self._command,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
                 env=environment,
@@ -123,6 +157,7 @@ class Server:
                 raise EvalError(f"the {self.engine} server did not start (exit status {code}); see {self.log}")
             try:
                 with urllib.request.urlopen(f"{self.url}/v1/models", timeout=5):
+                    self.start_seconds = time.monotonic() - began
                     return
             except OSError:
                 time.sleep(1)
@@ -146,12 +181,15 @@ class Server:
             raise EvalError(f"{self.url}/v1/models answered {status}: is that an OpenAI-compatible server?")
         return str(json.loads(answer)["data"][0]["id"])
 
-    def _require_plugin(self) -> None:
+    def _check_plugin(self) -> None:
         """An empty span is an error that only this package's plugin finds."""
         options = {OPTIONS_FIELDS[self.engine]: {SPANS_OPTION: [1, 1]}}
         body = {"model": self.name, "prompt": [6, 7], "max_tokens": 1, **options}
         status, answer = self._call("/v1/completions", body, patience=300)
-        if status != 400 or SPANS_OPTION not in answer:
+        found = status == 400 and SPANS_OPTION in answer
+        if found and not self._plugin:
+            raise EvalError(f"the {self.engine} server at {self.url} serves {self.name!r} with this package's plugin")
+        if self._plugin and not found:
             raise EvalError(
                 f"the {self.engine} server at {self.url} serves {self.name!r} without this package's plugin: "
                 f"it answered an empty span with {status}, not with 400"

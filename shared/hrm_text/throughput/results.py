@@ -1,0 +1,100 @@
+"""Results on disk: one file for each (engine, workload, repeat), written as soon as it is measured."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from hrm_text.throughput.engines import BenchError
+
+
+@dataclass(frozen=True)
+class Record:
+    """One measurement.
+
+    Attributes:
+        command: what the load generator was called with.
+        server: the engine's own command line.
+        metrics: see `load.METRICS`.
+        start_seconds: until the engine answered.
+        memory_mib: the highest until then.
+        kv_tokens: that fit its cache; None where it has none of a fixed size.
+    """
+
+    engine: str
+    workload: str
+    repeat: int
+    command: str
+    server: str
+    metrics: Mapping[str, float]
+    start_seconds: float
+    memory_mib: float
+    kv_tokens: int | None
+
+
+@dataclass(frozen=True)
+class Value:
+    """The median of the repeats, and the lowest and the highest of them."""
+
+    median: float
+    lowest: float
+    highest: float
+
+
+class Store:
+    """The records of an output folder."""
+
+    def __init__(self, out: Path) -> None:
+        self.folder = out / "records"
+        self.records: dict[tuple[str, str, int], Record] = {}
+        for path in sorted(self.folder.glob("*.json")):
+            record = Record(**json.loads(path.read_text()))
+            self.records[record.engine, record.workload, record.repeat] = record
+
+    def add(self, record: Record) -> None:
+        """Keep a record; a file is whole or absent."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / f"{record.engine}.{record.workload}.{record.repeat}.json", asdict(record))
+        self.records[record.engine, record.workload, record.repeat] = record
+
+    def of(self, engine: str, workload: str | None = None) -> list[Record]:
+        """An engine's records, of one workload or of all."""
+        return [r for r in self.records.values() if r.engine == engine and workload in (None, r.workload)]
+
+    def value(self, engine: str, workload: str, metric: str) -> Value | None:
+        """A metric over the repeats; None if nothing was measured."""
+        return spread([record.metrics[metric] for record in self.of(engine, workload)])
+
+
+def spread(values: Sequence[float]) -> Value | None:
+    """Median and range."""
+    return Value(median(values), min(values), max(values)) if values else None
+
+
+def claim(out: Path, run: Mapping[str, Any]) -> None:
+    """One folder holds the results of one model at one size.
+
+    Raises:
+        BenchError: it holds another run's, or cannot be written.
+    """
+    path = out / "run.json"
+    if path.exists() and (theirs := json.loads(path.read_text())) != run:
+        changed = next(key for key in run if run[key] != theirs.get(key))
+        raise BenchError(
+            f"out: {out} holds results of a run with {changed} {theirs.get(changed)!r}, not {run[changed]!r}; "
+            "choose another folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(path, run)
+    except OSError as error:
+        raise BenchError(f"out: {out} cannot be written ({error.strerror})") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """A file that is there whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2) + "\n")
+    part.replace(path)
