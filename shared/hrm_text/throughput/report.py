@@ -122,9 +122,15 @@ class Report:
         return "\n".join(lines)
 
     def _workload_rows(self, name: str) -> list[str]:
+        # A single token has no time per token.
+        single = self.workloads[name][0].generated == 1
+        shown = [not (single and ("tpot" in metric or "itl" in metric)) for _, metric, _ in COLUMNS]
         rows = []
         for engine in self.engines:
-            cells = [_cell(self.store.value(engine, name, metric), digits) for _, metric, digits in COLUMNS]
+            cells = [
+                _cell(self.store.value(engine, name, metric), digits) if show else ""
+                for show, (_, metric, digits) in zip(shown, COLUMNS, strict=True)
+            ]
             if any(cells):
                 rows += _row(name, engine, *cells)
         if not rows:
@@ -136,9 +142,10 @@ class Report:
             "median_e2el_ms": 1000 * floor.e2el,
             "output_throughput": floor.output_rate,
         }
-        if self.workloads[name][0].generated == 1:
-            del known["median_tpot_ms"]
-        cells = [f"{known[metric]:,.{digits}f}" if metric in known else "" for _, metric, digits in COLUMNS]
+        cells = [
+            f"{known[metric]:,.{digits}f}" if show and metric in known else ""
+            for show, (_, metric, digits) in zip(shown, COLUMNS, strict=True)
+        ]
         return [*rows, *_row(name, "*floor*", *cells)]
 
 
