@@ -5,23 +5,16 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sglang.engine import TOLERANCE, Engine, true_spans, worst_deviation
 from tests.vllm.engine import Ask
-from tests.vllm.mixes import asks
+from tests.vllm.mixes import asks, only_generated
 
 pytest.importorskip("sglang")
 
-COMMON = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+COMMON = only_generated(12)
 ENGINES: dict[str, dict[str, Any]] = {
     # The budget is below the longest span, so that spans run whole and first.
     "tight chunks": {"chunked_prefill_size": 48},

@@ -11,29 +11,18 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 pytest.importorskip("sglang")
 
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
-from tests.sglang.engine import FUSED_LOG, Engine, deviation, prompt, retractions, true_spans
+from tests.sglang.engine import FUSED_LOG, Engine, deviation, prompt, retractions
 from tests.sglang.test_prefix_cache import CASES, P, flush
 from tests.vllm.engine import Ask
-from tests.vllm.mixes import asks
-from tests.yardstick import Yardstick, emitted_deviations
+from tests.yardstick import Yardstick, emitted_by, emitted_deviations, measure, of_engine, serve_mixes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
-COMMON = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
 GPU: dict[str, Any] = {
     "on_gpu": True,
     "chunked_prefill_size": 48,
@@ -109,37 +98,12 @@ def free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def yardsticks(engines: dict[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
-    whole = [Ask(prompt(length, seed), None, 12) for seed in range(8) for length in (5, 33, 64, 90, 150)]
-    result = {}
-    for name in OTHERS:
-        answers = engines[name].ask(whole)
-        result[name.split()[1]] = Yardstick.of(
-            value
-            for ask, samples in zip(whole, answers, strict=True)
-            for value in emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples)
-        )
-    print(f"\nyardsticks: {result}")
-    return result
-
-
-def of_engine(name: str, yardsticks: dict[str, Yardstick]) -> Yardstick:
-    return yardsticks["bf16" if "bf16" in name else "float32"]
+    return measure(engines, gpu_reference)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
-    emitted: list[float] = []
-    worst = 0.0
-
-    @COMMON
-    @given(batch=st.lists(asks(longest_span=96), min_size=1, max_size=6))
-    def serve(batch: list[Ask]) -> None:
-        nonlocal worst
-        for ask, samples in zip(batch, engines[name].ask(batch), strict=True):
-            emitted.extend(emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples))
-            worst = max(worst, deviation(gpu_reference, ask, samples))
-
-    serve()
+    emitted, worst = serve_mixes(engines[name], gpu_reference, deviation, 96)
     mean = sum(emitted) / len(emitted)
     retracted = engines[name].call(retractions)
     print(f"\n{name}: {len(emitted)} tokens, mean {mean:.2e}, worst {worst:.2e}, {retracted} retractions")
@@ -182,11 +146,7 @@ def test_a_large_batch(
 ) -> None:
     """Twenty requests in a graph of 24."""
     batch = [Ask(prompt(20 + 3 * seed, seed), (0, 15 + seed), 12) for seed in range(20)]
-    emitted = [
-        value
-        for ask, samples in zip(batch, engines[name].ask(batch), strict=True)
-        for value in emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples)
-    ]
+    emitted = emitted_by(gpu_reference, engines[name], batch)
     measured, yardstick = Yardstick.of(emitted), of_engine(name, yardsticks)
     print(f"\n{name}: {measured}")
     assert measured.mean <= 1.2 * yardstick.mean

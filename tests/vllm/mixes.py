@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 
 from hrm_text.oracle import token_logprobs
@@ -13,6 +14,18 @@ from tests.vllm.engine import Answer, Ask, Engine
 TOLERANCE = 1e-5
 VOCAB = range(12, 256)
 RULE = SpanRule(envelope=None)
+
+
+def only_generated(examples: int) -> settings:
+    """The same examples each time and no shrinking, which would serve hundreds of batches."""
+    return settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.generate],
+        suppress_health_check=list(HealthCheck),
+        print_blob=False,
+    )
 
 
 def spans_for(length: int, longest: int) -> st.SearchStrategy[tuple[int, ...]]:

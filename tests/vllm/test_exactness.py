@@ -4,24 +4,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.vllm.engine import Ask, Engine
-from tests.vllm.mixes import TOLERANCE, asks, worst_deviation
+from tests.vllm.mixes import TOLERANCE, asks, only_generated, worst_deviation
 
 pytestmark = pytest.mark.cpu
 
 BUDGET = 96  # tokens a step: also the longest span, so chunks are as tight as they can be
 # No shrinking: an engine that failed once is not the engine the next example should meet.
-COMMON = settings(
-    max_examples=20,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
+COMMON = only_generated(20)
 
 ENGINES: dict[str, dict[str, Any]] = {
     "tight chunks": {"max_num_batched_tokens": BUDGET},

@@ -9,27 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
 
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
 from tests.vllm.engine import Ask, Engine
-from tests.vllm.mixes import asks, deviation, true_spans
-from tests.vllm.test_prefix_cache import CASES, P, prompt, reset_cache
-from tests.yardstick import Yardstick, emitted_deviations
+from tests.vllm.mixes import deviation, true_spans
+from tests.vllm.test_prefix_cache import CASES, P, reset_cache
+from tests.yardstick import Yardstick, measure, of_engine, serve_mixes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
 BUDGET = 96
-COMMON = settings(
-    max_examples=12,
-    deadline=None,
-    derandomize=True,
-    phases=[Phase.generate],
-    suppress_health_check=list(HealthCheck),
-    print_blob=False,
-)
 GPU: dict[str, Any] = {
     "on_gpu": True,
     "enforce_eager": False,
@@ -85,37 +75,12 @@ def engines(checkpoint: str) -> Iterator[dict[str, Engine]]:
 
 @pytest.fixture(scope="module")
 def yardsticks(engines: dict[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
-    whole = [Ask(prompt(length, seed), None, 12) for seed in range(8) for length in (5, 33, 64, 90, 150)]
-    result = {}
-    for name in ("in-tree float32", "in-tree bf16"):
-        answers = engines[name].ask(whole)
-        result[name.split()[1]] = Yardstick.of(
-            value
-            for ask, samples in zip(whole, answers, strict=True)
-            for value in emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples)
-        )
-    print(f"\nyardsticks: {result}")
-    return result
-
-
-def of_engine(name: str, yardsticks: dict[str, Yardstick]) -> Yardstick:
-    return yardsticks["bf16" if "bf16" in name else "float32"]
+    return measure(engines, gpu_reference)
 
 
 @pytest.mark.parametrize("name", OURS)
 def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
-    emitted: list[float] = []
-    worst = 0.0
-
-    @COMMON
-    @given(batch=st.lists(asks(longest_span=BUDGET), min_size=1, max_size=6))
-    def serve(batch: list[Ask]) -> None:
-        nonlocal worst
-        for ask, samples in zip(batch, engines[name].ask(batch), strict=True):
-            emitted.extend(emitted_deviations(gpu_reference, ask.prompt, true_spans(ask), samples))
-            worst = max(worst, deviation(gpu_reference, ask, samples))
-
-    serve()
+    emitted, worst = serve_mixes(engines[name], gpu_reference, deviation, BUDGET)
     mean = sum(emitted) / len(emitted)
     print(f"\n{name}: {len(emitted)} tokens, mean {mean:.2e}, worst {worst:.2e}")
     yardstick = of_engine(name, yardsticks)
