@@ -81,6 +81,7 @@ class Machine:
             added |= {
                 "SGLANG_USE_CPU_ENGINE": "1",
                 "SGLANG_EXTERNAL_MODEL_PACKAGE": "no_models",
+                "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": os.pathsep.join(filter(None, paths)),
             }
         return added
