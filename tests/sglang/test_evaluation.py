@@ -18,7 +18,10 @@ from hrm_text.oracle import load_reference, token_logprobs
 from tests.evaluation.nano_answers import check_all_groups
 from tests.sglang.engine import TOLERANCE, cpu_environment
 
-OPTIONS = "--device cpu --dtype float32 --max-total-tokens 4096 --mem-fraction-static 0.3 --max-running-requests 8"
+OPTIONS = (
+    "--device cpu --dtype float32 --max-total-tokens 4096 --mem-fraction-static 0.3 --max-running-requests 8 "
+    "--sleep-on-idle"  # else it keeps a core busy while transformers computes
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +34,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 def test_nano_answers_as_in_transformers(server: Server, tmp_path: Path) -> None:
-    check_all_groups(server, tmp_path, 12)
+    check_all_groups(server, tmp_path, 4)  # vLLM's suite has more of them; most of the time is transformers'
 
 
 def test_answers_are_scored_behind_the_span(server: Server, tmp_path: Path) -> None:
