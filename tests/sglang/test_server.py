@@ -45,12 +45,12 @@ class Server:
             )
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Until it is through with warming up; `/v1/models` answers before."""
         for _ in range(PATIENCE):
             if self.process.poll() is not None:
                 raise RuntimeError(f"the server ended with code {self.process.returncode}:\n{self.log.read_text()}")
             try:
-                if self.call("/v1/models")[0] == 200:
+                with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health_generate", timeout=PATIENCE):
                     return
             except OSError:
                 time.sleep(1)
