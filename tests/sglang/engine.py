@@ -5,21 +5,18 @@ call (`stubs/`). It runs its scheduler in a child process, so what a test wants 
 comes back in a request's meta_info, and a sabotage is applied by an environment variable that the child reads.
 """
 
-import multiprocessing as mp
 import os
 import sys
-import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
 from hrm_text.oracle import token_logprobs
 from hrm_text.spans import SPANS_OPTION, SpanRule, Spans, request_spans, scored_inside
+from tests.engine_process import Answer, Ask, EngineProcess
 from tests.sglang import on_cpu
-from tests.vllm.engine import Answer, Ask
 
 ROOT = Path(__file__).resolve().parents[2]
 STUBS = str(ROOT / "tests/sglang/stubs")
@@ -41,7 +38,6 @@ DEFAULTS: dict[str, Any] = {
 }
 if STUBS not in sys.path:
     sys.path.append(STUBS)  # spawned processes take it over; an installed package goes before a stand-in
-PATIENCE = 240  # seconds until an engine that gives no answer is taken to hang
 
 
 def cpu_environment() -> dict[str, str]:
@@ -55,7 +51,7 @@ def cpu_environment() -> dict[str, str]:
     }
 
 
-class Engine:
+class Engine(EngineProcess):
     """`with Engine(model_path=path, ...) as engine: engine.ask([Ask(...)])`.
 
     Args:
@@ -68,84 +64,18 @@ class Engine:
     def __init__(
         self, on_gpu: bool = False, env: Mapping[str, str] | None = None, log: Path | None = None, **kwargs: Any
     ) -> None:
-        added = {**({} if on_gpu else cpu_environment()), **(env or {})}
+        environment = {**({} if on_gpu else cpu_environment()), **(env or {})}
         if kwargs.get("enable_lora"):
-            added[on_cpu.VARIABLE] = "1"
-        kwargs = DEFAULTS | ({} if on_gpu else CPU_DEFAULTS) | kwargs
-        before = {key: os.environ.get(key) for key in added}
-        os.environ.update(added)
-        try:
-            context = mp.get_context("spawn")
-            self._pipe, theirs = context.Pipe()
-            self._process = context.Process(target=_serve, args=(theirs, kwargs, log), daemon=False)
-            self._process.start()
-            theirs.close()
-        finally:
-            for key, value in before.items():
-                os.environ.pop(key) if value is None else os.environ.update({key: value})
-
-    def __enter__(self) -> "Engine":
-        self._receive()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if self._process.is_alive():
-            self._pipe.send(("stop", None))
-        self._process.join(30)
-        if self._process.is_alive():
-            self._process.kill()
-            self._process.join()
-
-    def ask(self, asks: Sequence[Ask]) -> list[list[Answer]]:
-        """Serve `asks` as one batch; the samples of each."""
-        self._pipe.send(("ask", list(asks)))
-        return self._receive()
-
-    def call(self, function: Any, *args: Any) -> Any:
-        """`function(engine, *args)` in the engine's process; it must be importable there."""
-        self._pipe.send(("call", (function, args)))
-        return self._receive()
-
-    def _receive(self) -> Any:
-        if not self._pipe.poll(PATIENCE):
-            self._process.kill()
-            raise RuntimeError(f"the engine gave no answer in {PATIENCE} s: a request waits for ever")
-        try:
-            kind, value = self._pipe.recv()
-        except EOFError:
-            self._process.join(10)
-            raise RuntimeError(f"engine process ended with code {self._process.exitcode}") from None
-        if kind == "error":
-            error, trace = value
-            error.add_note(trace)
-            raise error
-        return value
+            environment[on_cpu.VARIABLE] = "1"
+        super().__init__(_start, generate, environment, DEFAULTS | ({} if on_gpu else CPU_DEFAULTS) | kwargs, log)
 
 
-def _serve(pipe: Any, kwargs: dict[str, Any], log: Path | None) -> None:
+def _start(kwargs: dict[str, Any], log: Path | None) -> Any:
     if log:
         os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stderr.fileno())
-    try:
-        import sglang
+    import sglang
 
-        engine = sglang.Engine(**kwargs)
-        pipe.send(("ready", None))
-    except BaseException as error:
-        pipe.send(("error", (RuntimeError(f"{type(error).__name__}: {error}"), traceback.format_exc())))
-        return
-    while True:
-        kind, value = pipe.recv()
-        if kind == "stop":
-            engine.shutdown()
-            return
-        try:
-            result = generate(engine, value) if kind == "ask" else value[0](engine, *value[1])
-            pipe.send(("result", result))
-        except Exception as error:
-            wrapped = ValueError(str(error)) if isinstance(error, ValueError) else RuntimeError(repr(error))
-            pipe.send(("error", (wrapped, traceback.format_exc())))
+    return sglang.Engine(**kwargs)
 
 
 _retractions = 0

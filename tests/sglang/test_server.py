@@ -21,7 +21,8 @@ from hrm_text.envelope import ChatEncoder, wrap_prompt
 from hrm_text.names import nano_path
 from hrm_text.oracle import load_reference, token_logprobs
 from hrm_text.spans import envelope_spans
-from tests.sglang.engine import PATIENCE, TOLERANCE, cpu_environment
+from tests.engine_process import PATIENCE
+from tests.sglang.engine import TOLERANCE, cpu_environment
 
 QUESTION = "Tom has 3 boxes with 4 apples each. He gives away 5 apples. How many apples are left?"
 
