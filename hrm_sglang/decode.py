@@ -1,7 +1,7 @@
 """Decode steps on the fused kernels, with SGLang's KV pool and block tables in the form that they take."""
 
 import logging
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -11,15 +11,6 @@ from hrm_text.kernels.launch import why_off
 from hrm_text.model import HrmTextBody
 
 logger = logging.getLogger("sglang.srt.hrm_sglang")
-
-
-class KnowsItsTable(Protocol):
-    """An attention backend of ours."""
-
-    token_to_kv_pool: Any
-
-    def decode_table(self) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """`table`, `row_starts` and `lengths` of a `DecodeBatch`, for the batch whose metadata was made last."""
 
 
 class Decoder:

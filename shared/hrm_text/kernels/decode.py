@@ -1,4 +1,4 @@
-"""A decode step's recurrence on the fused kernels: five a layer for a few tokens, three and four GEMMs beyond.
+"""A decode step's recurrence on the fused kernels: five a layer for a few tokens, two and four GEMMs beyond.
 
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """

@@ -1,6 +1,6 @@
 """Programmatic dependent launch: a kernel starts, and fetches its weights, while the one before it still drains.
 
-Every kernel here calls `gdc_wait` before it reads what the last one wrote and before it writes anything, so
+Every kernel launched so calls `gdc_wait` before it reads what the last one wrote and before it writes anything, so
 a chain of them is ordered like any other kernels of a stream. What it reads before that (weights, block
 tables, KV of earlier tokens) is written by no kernel of the chain.
 """
