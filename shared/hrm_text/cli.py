@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -60,20 +62,11 @@ def evaluate(
     os.environ.setdefault("TQDM_DISABLE", "1")
     console = Console()
     request = Request(_names(tasks), engine, model, data_dir, out, limit, server, tuple(options or ()))
-    # Whoever ends this command also ends the server that it started.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with _reporting("eval", f"answers so far are in {out}", console, DoctorError, EvalError):
         request.check()
         if not server:
             _diagnose(engine, model)
         evaluate(request, console)
-    except (DoctorError, EvalError) as error:
-        console.print(f"[red]eval:[/red] {error}", highlight=False, soft_wrap=True)
-        raise typer.Exit(1) from None
-    except KeyboardInterrupt:
-        said = f"eval: interrupted; answers so far are in {out}, and the same command goes on from there"
-        console.print(said, highlight=False, soft_wrap=True)
-        raise typer.Exit(130) from None
 
 
 @app.command()
@@ -99,15 +92,22 @@ def bench(
     console = Console()
     pythons = {"vllm": vllm_python, "sglang": sglang_python}
     request = Request(_names(engines), _names(workloads), model, size, dummy, data_dir, repeats, out, pythons)
+    with _reporting("bench", f"results so far are in {out}", console, BenchError, EvalError):
+        bench(request, console)
+
+
+@contextmanager
+def _reporting(command: str, kept: str, console: Console, *errors: type[Exception]) -> Iterator[None]:
+    """One line and an exit status for `errors` and for an interruption, after which `kept` says what is left."""
     # Whoever ends this command also ends the engine that it started.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
-        bench(request, console)
-    except (BenchError, EvalError) as error:
-        console.print(f"[red]bench:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
+        yield
+    except errors as error:
+        console.print(f"[red]{command}:[/red] {escape(str(error))}", highlight=False, soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
-        said = f"bench: interrupted; results so far are in {out}, and the same command goes on from there"
+        said = f"{command}: interrupted; {kept}, and the same command goes on from there"
         console.print(said, highlight=False, soft_wrap=True)
         raise typer.Exit(130) from None
 
