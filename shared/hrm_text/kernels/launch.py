@@ -10,6 +10,8 @@ import os
 from typing import Any
 
 import torch
+import triton
+import triton.language as tl
 
 OPTION = "HRM_TEXT_KERNELS"  # 1 switches the fused kernels on
 
@@ -37,14 +39,21 @@ def launch_options(device: torch.device) -> dict[str, Any]:
     return {"launch_pdl": True} if dependent_launch(device) else {}
 
 
-def two_parts(length: int) -> tuple[int, int]:
-    """`length` as a power of two and the rest, which is a smaller power of two or 0: what one Triton tile can hold.
+@triton.jit
+def fetch_into_l2(pointer, program, programs, BYTES: tl.constexpr, THREADS: tl.constexpr):
+    """Each program's share of `BYTES` bytes at `pointer`, 128 at a time, into the L2 cache; waits for nothing."""
+    share = tl.cdiv(tl.cdiv(BYTES, 128), programs) * 128
+    each = tl.maximum(tl.cdiv(share, THREADS * 128) * 128, 512)
+    begin = tl.arange(0, THREADS) * each
+    end = tl.minimum((program + 1) * share, BYTES) - program * share
+    size = tl.maximum(tl.minimum(begin + each, end) - begin, 0)
+    address = pointer.to(tl.int64) + program.to(tl.int64) * share + begin
+    tl.inline_asm_elementwise(
+        "{ .reg .pred p; setp.gt.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0; }",
+        "=r,l,r", [address, size], dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
 
-    Raises:
-        ValueError: the rest is neither.
-    """
-    first = 1 << (length.bit_length() - 1)
-    rest = length - first
-    if rest & (rest - 1):
-        raise ValueError(f"the fused kernels take widths that are a sum of two powers of two, got {length}")
-    return first, rest
+
+def fetched_bytes(weight: torch.Tensor | None) -> int:
+    """Bytes of `weight` for `fetch_into_l2`; 0 where there is none, or no instruction that fetches them."""
+    return weight.nbytes if weight is not None and dependent_launch(weight.device) else 0

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hrm_text.kernels.launch import dependent_launch, launch_options, two_parts
+from hrm_text.kernels.launch import dependent_launch, fetch_into_l2, fetched_bytes, launch_options
 
 MAX_TOKENS = 16  # rows of one tensor-core tile
 MAX_REGISTER_TOKENS = 2  # a step of 2: 5.2 ms, 6.7 on tensor cores; of 4: 8.2 and 6.8 (H200, the 1B)
@@ -31,59 +31,62 @@ def _in_registers(
     w_ptr,
     residual_ptr,
     out_ptr,
+    upcoming_ptr,
     tokens,
     rows,
     eps,
     K: tl.constexpr,
-    K0: tl.constexpr,
-    K1: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    UPCOMING: tl.constexpr,
+    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`BLOCK` rows of W, which wait in registers when the last kernel ends, against one token after the other."""
+    """`BLOCK` rows of W, which wait in registers when the last kernel ends, against one token after the other.
+
+    A warp holds whole rows, in parts of `COLUMNS` that it adds up before anything crosses its lanes.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = row < rows
-    start = row.to(tl.int64)[:, None] * K
-    k0 = tl.arange(0, K0)
-    w0 = tl.load(w_ptr + start + k0[None, :], mask=mask[:, None], other=0.0)
-    if SWIGLU:
-        u0 = tl.load(w_ptr + rows * K + start + k0[None, :], mask=mask[:, None], other=0.0)
-    if K1 > 0:
-        k1 = K0 + tl.arange(0, K1)
-        w1 = tl.load(w_ptr + start + k1[None, :], mask=mask[:, None], other=0.0)
+    column = tl.arange(0, COLUMNS)
+    start = w_ptr + row.to(tl.int64)[:, None] * K + column[None, :]
+    w = ()
+    u = ()
+    for part in tl.static_range(K // COLUMNS):
+        w += (tl.load(start + part * COLUMNS, mask=mask[:, None], other=0.0),)  # type: ignore[assignment]
         if SWIGLU:
-            u1 = tl.load(w_ptr + rows * K + start + k1[None, :], mask=mask[:, None], other=0.0)
+            u += (tl.load(start + rows * K + part * COLUMNS, mask=mask[:, None], other=0.0),)  # type: ignore[assignment]
+    if UPCOMING > 0:
+        fetch_into_l2(upcoming_ptr, tl.program_id(0), tl.num_programs(0), UPCOMING, THREADS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for token in tl.static_range(TOKENS):
-        # Everything that the last kernel wrote is asked for before the first sum, which waits for all warps.
+        # Everything that the last kernel wrote is asked for at once.
         offsets = token * rows + row
         write = mask & (offsets < tokens * rows)
         residual = tl.zeros((BLOCK,), tl.float32)
         if RESIDUAL:
             residual = tl.load(residual_ptr + offsets, mask=write, other=0.0).to(tl.float32)
-        at0 = token * K + k0
-        x0 = tl.load(x_ptr + at0, mask=at0 < tokens * K, other=0.0).to(tl.float32)
-        if K1 > 0:
-            at1 = token * K + k1
-            x1 = tl.load(x_ptr + at1, mask=at1 < tokens * K, other=0.0).to(tl.float32)
-        product = tl.sum(w0.to(tl.float32) * x0[None, :], 1)
-        square_sum = tl.sum(x0 * x0, 0)
-        up = product
-        if SWIGLU:
-            up = tl.sum(u0.to(tl.float32) * x0[None, :], 1)
-        if K1 > 0:
-            product += tl.sum(w1.to(tl.float32) * x1[None, :], 1)
-            square_sum += tl.sum(x1 * x1, 0)
+        products = tl.zeros((BLOCK, COLUMNS), tl.float32)
+        ups = tl.zeros((BLOCK, COLUMNS), tl.float32)
+        squares = tl.zeros((BLOCK, COLUMNS), tl.float32)
+        for part in tl.static_range(K // COLUMNS):
+            # Every row's own copy, so that it is loaded where it is needed and not shuffled there.
+            at = token * K + part * COLUMNS + column[None, :] + 0 * row[:, None]
+            x = tl.load(x_ptr + at, mask=at < tokens * K, other=0.0).to(tl.float32)
+            products += w[part].to(tl.float32) * x
             if SWIGLU:
-                up += tl.sum(u1.to(tl.float32) * x1[None, :], 1)
-        product = _finish(product, up, square_sum, residual, K, eps, NORM, SWIGLU)
+                ups += u[part].to(tl.float32) * x
+            if NORM:
+                squares += x * x
+        product, up = tl.sum(products, 1), tl.sum(ups, 1)
+        product = _finish(product, up, tl.sum(squares, 1), residual, K, eps, NORM, SWIGLU)
         tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=write)
 
 
@@ -93,6 +96,7 @@ def _on_tensor_cores(
     w_ptr,
     residual_ptr,
     out_ptr,
+    upcoming_ptr,
     tokens,
     rows,
     eps,
@@ -104,6 +108,8 @@ def _on_tensor_cores(
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    UPCOMING: tl.constexpr,
+    THREADS: tl.constexpr,
 ):
     """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores.
 
@@ -116,6 +122,8 @@ def _on_tensor_cores(
     up = tl.zeros((TOKENS, BLOCK), tl.float32)
     squares = tl.zeros((TOKENS, BLOCK_K), tl.float32)  # summed once, behind the loop: a sum crosses warps
     inside = token[:, None] < tokens
+    if UPCOMING > 0:
+        fetch_into_l2(upcoming_ptr, tl.program_id(0), tl.num_programs(0), UPCOMING, THREADS)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         column = k + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + start[None, :] + column[:, None])
@@ -142,6 +150,7 @@ def small_linear(
     norm_eps: float | None = None,
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
+    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`weight` times RMSNorm(x), then SwiGLU or plus the residual.
 
@@ -151,6 +160,7 @@ def small_linear(
         norm_eps: epsilon of the parameterless RMSNorm; None leaves x as it is.
         swiglu: whether the result is silu(gate) * up, with half as many columns as weight has rows.
         residual: (tokens, rows), added.
+        upcoming: the weight that a kernel after this one reads, fetched into the L2 cache meanwhile.
 
     Returns:
         (tokens, rows), or half the rows with `swiglu`.
@@ -163,30 +173,33 @@ def small_linear(
         "NORM": norm_eps is not None,
         "SWIGLU": swiglu,
         "RESIDUAL": residual is not None,
+        "UPCOMING": fetched_bytes(upcoming),
     }
     eps = norm_eps or 0.0
     if tokens <= MAX_REGISTER_TOKENS:
-        first, rest = two_parts(width)
-        block = register_block(width, swiglu)
+        block, warps = register_tile(width, swiglu)
         _in_registers[(triton.cdiv(rows, block),)](
-            x, weight, residual, out, tokens, rows, eps, width, first, rest,
-            TOKENS=triton.next_power_of_2(tokens), BLOCK=block, PDL=dependent_launch(x.device),
-            num_warps=4, **launch_options(x.device), **flags,
+            x, weight, residual, out, upcoming, tokens, rows, eps, width,
+            TOKENS=triton.next_power_of_2(tokens), BLOCK=block, COLUMNS=register_columns(width),
+            THREADS=32 * warps, PDL=dependent_launch(x.device), num_warps=warps, **launch_options(x.device), **flags,
         )  # fmt: skip
     else:
         block, block_k, stages, warps = tensor_core_tile(rows, width)
         _on_tensor_cores[(rows // block,)](
-            x, weight, residual, out, tokens, rows, eps, width,
-            TOKENS=MAX_TOKENS, BLOCK=block, BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
+            x, weight, residual, out, upcoming, tokens, rows, eps, width, TOKENS=MAX_TOKENS, BLOCK=block,
+            BLOCK_K=block_k, STAGES=stages, THREADS=32 * warps, num_warps=warps, **flags,
         )  # fmt: skip
     return out
 
 
-def register_block(width: int, swiglu: bool) -> int:
-    """Rows of a program: some 24 KiB of weights, which its 128 threads hold in registers."""
-    rows = max(1, 12288 // width)
-    rows = 1 << (rows.bit_length() - 1)
-    return max(1, rows // 2) if swiglu else rows
+def register_tile(width: int, swiglu: bool) -> tuple[int, int]:
+    """(rows of a program, warps): a row, or a pair of gate and up, to a warp."""
+    return 4, 4
+
+
+def register_columns(width: int) -> int:
+    """Columns of a part of W's rows: 16 bytes for each lane of a warp, where the width is a multiple of that."""
+    return min(256, width & -width)
 
 
 def tensor_core_tile(rows: int, width: int) -> tuple[int, int, int, int]:
@@ -196,5 +209,4 @@ def tensor_core_tile(rows: int, width: int) -> tuple[int, int, int, int]:
 
 def fits(rows: int, width: int) -> bool:
     """Whether `small_linear` takes a weight of this shape: its tiles have no ragged edge."""
-    rest = width - (1 << (width.bit_length() - 1))
-    return rows % 32 == 0 and width & -width >= 16 and rest & (rest - 1) == 0
+    return rows % 32 == 0 and width & -width >= 16
