@@ -1,11 +1,11 @@
-"""Decode step times: vLLM with this plugin beside vLLM's in-tree model, in one run on one GPU.
+"""Decode step times: vLLM with this plugin and its fused kernels beside vLLM's in-tree model, in one run on one GPU.
 
     python -m benchmarks.step_time --out step_time.json
 
 Both engines are loaded at once, each in its own process with the same KV cache, default options and
 dummy weights of the 1B, and measured in turn. A step is the wall time between the point
-where every request of the batch has two tokens and 128 steps later, divided by 128; the smallest of
-the repeats is reported with their spread.
+where every request of the batch has two tokens and 128 steps later (32 where the KV cache holds no more), divided
+by that number; the smallest of the repeats is reported with their spread.
 """
 
 import json
@@ -18,19 +18,18 @@ from typing import Annotated, Any
 import typer
 
 CONFIG = Path(__file__).parent / "hrm-text-1b"
-SHAPES = ((1, 128), (8, 128), (64, 512), (256, 128))  # batch, prompt tokens
-STEPS = 128
-KV_BYTES = 52 << 30  # 71,000 tokens of the 1B: every shape runs as one batch
-ENGINES = {"in-tree": {"VLLM_PLUGINS": ""}, "plugin": {"VLLM_PLUGINS": "hrm_text"}}
+SHAPES = ((1, 128, 128), (8, 128, 128), (64, 512, 128), (256, 256, 32))  # batch, prompt tokens, steps
+KV_BYTES = 58 << 30  # 79,000 tokens of the 1B: every shape runs as one batch
+ENGINES = {"in-tree": {"VLLM_PLUGINS": ""}, "plugin": {"VLLM_PLUGINS": "hrm_text", "HRM_TEXT_KERNELS": "1"}}
 
 
-def measure(llm: Any, batch: int, context: int) -> float:
-    """Milliseconds a decode step takes for `batch` requests of `context` prompt tokens."""
+def measure(llm: Any, batch: int, context: int, steps: int) -> float:
+    """Milliseconds that each of `steps` decode steps takes for `batch` requests of `context` prompt tokens."""
     import random
 
     from vllm import SamplingParams
 
-    params = SamplingParams(temperature=0.0, max_tokens=STEPS + 40, ignore_eos=True, detokenize=False)
+    params = SamplingParams(temperature=0.0, max_tokens=steps + 40, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine
     for index in range(batch):
         prompt = [random.randrange(12, 60000) for _ in range(context)]
@@ -41,11 +40,11 @@ def measure(llm: Any, batch: int, context: int) -> float:
         for output in engine.step():
             lengths[output.request_id] = len(output.outputs[0].token_ids)
         shortest = min(lengths.values()) if len(lengths) == batch else 0
-        if shortest and max(lengths.values()) >= STEPS + 40:
+        if shortest and max(lengths.values()) >= steps + 40:
             raise RuntimeError("the batch does not fit the KV cache at once: its requests ran in waves")
         if not began and shortest >= 2:
             began, first = time.perf_counter(), shortest
-        elif began and shortest >= first + STEPS:
+        elif began and shortest >= first + steps:
             elapsed = time.perf_counter() - began
             engine.abort_request(list(lengths))
             while engine.has_unfinished_requests():
@@ -68,7 +67,7 @@ def _serve(pipe: Any, env: dict[str, str]) -> None:
         gpu_memory_utilization=0.4,
         max_num_seqs=256,
         attention_backend="FLASH_ATTN",
-        compilation_config={"cudagraph_capture_sizes": sorted({batch for batch, _ in SHAPES})},
+        compilation_config={"cudagraph_capture_sizes": sorted({batch for batch, _, _ in SHAPES})},
         disable_log_stats=True,
     )
     pipe.send(time.perf_counter() - began)

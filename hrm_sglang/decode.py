@@ -6,7 +6,8 @@ from typing import Any
 import torch
 
 from hrm_text.kernels.attention import DecodeBatch
-from hrm_text.kernels.decode import FusedDecode, why_not
+from hrm_text.kernels.choice import choose
+from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.launch import why_off
 from hrm_text.model import HrmTextBody
 
@@ -33,7 +34,9 @@ class Decoder:
             return None
         backend = _backend()
         if not self._decided:
-            self._decide(z_H, backend)
+            self._decided = True
+            reason = _why_not(backend, z_H.dtype)
+            self.fused = choose(self._body, z_H.dtype, z_H.device, "SGLang", reason, logger)
         if self.fused is None:
             return None
         table, row_starts, lengths = backend.decode_table()
@@ -45,15 +48,6 @@ class Decoder:
             return k.unsqueeze(1), v.unsqueeze(1)
 
         return self.fused(z_H, z_L, batch, caches)
-
-    def _decide(self, z_H: torch.Tensor, backend: Any) -> None:
-        self._decided = True
-        reason = why_not(self._body, z_H.dtype) or _why_not(backend, z_H.dtype)
-        if reason is None:
-            self.fused = FusedDecode(self._body, z_H.device)
-            logger.info("HRM-Text: decode runs on the fused kernels")
-        else:
-            logger.warning("HRM-Text: decode runs on SGLang's layers, not on the fused kernels: %s", reason)
 
 
 def _backend() -> Any:

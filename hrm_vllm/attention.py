@@ -135,7 +135,6 @@ def split_step(rows: Sequence[Spans] | None, common: CommonAttentionMetadata) ->
     Raises:
         RuntimeError: no runner said what the rows' spans are.
     """
-    rows = _step_spans if rows is None else rows
     if rows is None:
         raise RuntimeError(
             "hrm_vllm: attention metadata is being built without the batch's spans; "
@@ -192,11 +191,15 @@ class SpanSplitting:
         fast_build: bool = False,
         row_spans: Sequence[Spans] | None = None,
     ) -> Any:
-        batch = split_step(row_spans, common_attn_metadata)
+        rows = _step_spans if row_spans is None else row_spans
+        batch = split_step(rows, common_attn_metadata)
         if batch is not None:
             return self._build_split(common_attn_metadata, batch, fast_build)
         common_attn_metadata = self._unsplit(common_attn_metadata)
-        return super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+        # Read by hrm_vllm.decode. A batch of no request's rows is a dry run, which has to warm up vLLM's own layers.
+        metadata.prefix_lm_decode = bool(rows) and common_attn_metadata.max_query_len <= 1
+        return metadata
 
     def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:
         raise NotImplementedError

@@ -45,5 +45,7 @@ class HrmTextModelState(DefaultModelState):
 
     def prepare_attn(self, input_batch: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         rows = [self._spans.get(req_id, ()) for req_id in input_batch.req_ids]
+        if not any(req_id in self._spans for req_id in input_batch.req_ids):
+            rows = []  # vLLM's dry runs have made-up requests
         kwargs["model_specific_attn_metadata"] = RowSpans(rows)
         return super().prepare_attn(input_batch, *args, **kwargs)

@@ -17,6 +17,7 @@ from vllm.sequence import IntermediateTensors
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.model import HrmTextBody
 from hrm_text.weights import PACKED_MODULES, load_into
+from hrm_vllm.decode import Decoder
 from hrm_vllm.model.layers import VllmLayers
 
 
@@ -62,6 +63,7 @@ class HrmTextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         self.config = vllm_config.model_config.hf_config
         self.shape: HrmTextShape = read_config(self.config.to_dict())
         self.model = HrmTextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
+        self.decoder = Decoder(self.model, vllm_config)
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 self.shape.vocab_size,
@@ -99,6 +101,10 @@ class HrmTextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         intermediate_tensors: IntermediateTensors | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
+        if input_ids is not None and intermediate_tensors is None and inputs_embeds is None:
+            fused = self.decoder.recur(input_ids, positions)
+            if fused is not None:
+                return fused
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

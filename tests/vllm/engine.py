@@ -1,6 +1,9 @@
 """A vLLM engine in a process of its own, driven from tests."""
 
+import os
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tests.engine_process import Answer, Ask, EngineProcess
@@ -14,6 +17,7 @@ DEFAULTS: dict[str, Any] = {
     "dtype": "float32",
     "disable_log_stats": True,
 }
+FUSED_LOG = "decode runs on the fused kernels"  # what hrm_vllm.decode logs
 CPU_DEFAULTS: dict[str, Any] = {"block_size": 32}
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_LOGGING_LEVEL": "ERROR"}
 CPU_ENVIRONMENT = {
@@ -31,17 +35,34 @@ class Engine(EngineProcess):
     Args:
         sabotage: a name in `tests.vllm.sabotage`, applied before the engine starts.
         env: environment of the process, beside the inherited one.
+        gpu_layout: on a CPU, the KV cache as GPUs keep it (`tests.vllm.gpu_layout`).
+        log: a file for what it logs; else it logs errors only, to the test's own output.
         kwargs: of `vllm.LLM`, over `DEFAULTS`.
     """
 
-    def __init__(self, sabotage: str | None = None, env: Mapping[str, str] | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        sabotage: str | None = None,
+        env: Mapping[str, str] | None = None,
+        gpu_layout: bool = False,
+        log: Path | None = None,
+        **kwargs: Any,
+    ) -> None:
         on_gpu = kwargs.pop("on_gpu", False)
         self.kwargs = DEFAULTS | ({} if on_gpu else CPU_DEFAULTS) | kwargs
         environment = ENVIRONMENT | ({} if on_gpu else CPU_ENVIRONMENT) | dict(env or {})
-        super().__init__(_start, generate, environment, self.kwargs, sabotage)
+        if log:
+            environment["VLLM_LOGGING_LEVEL"] = "INFO"
+        super().__init__(_start, generate, environment, self.kwargs, sabotage, gpu_layout, log)
 
 
-def _start(kwargs: dict[str, Any], sabotage: str | None) -> Any:
+def _start(kwargs: dict[str, Any], sabotage: str | None, gpu_layout: bool, log: Path | None) -> Any:
+    if log:
+        os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), sys.stdout.fileno())
+    if gpu_layout:
+        from tests.vllm import gpu_layout as stand_in
+
+        stand_in.apply()
     if sabotage is not None:
         from vllm.plugins import load_general_plugins
 

@@ -5,6 +5,7 @@
 
 import contextlib
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +13,10 @@ import torch
 
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
-from tests.vllm.engine import Ask, Engine
+from tests.vllm.engine import FUSED_LOG, Ask, Engine
 from tests.vllm.mixes import deviation, true_spans
-from tests.vllm.test_prefix_cache import CASES, P, reset_cache
-from tests.yardstick import Yardstick, measure, of_engine, serve_mixes
+from tests.vllm.test_prefix_cache import CASES, P, prompt, reset_cache
+from tests.yardstick import Yardstick, emitted_by, measure, of_engine, serve_mixes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -26,7 +27,9 @@ GPU: dict[str, Any] = {
     "block_size": 16,
     "kv_cache_memory_bytes": 1 << 28,
     "gpu_memory_utilization": 0.04,
-    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32]},
+    # 24 for batches beyond the fused kernels for few tokens, and padded ones.
+    "max_num_seqs": 24,
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24]},
     "max_num_batched_tokens": BUDGET,
 }
 TRITON = {"attention_backend": "TRITON_ATTN"}
@@ -39,13 +42,18 @@ DRAFTS = {
         "prompt_lookup_min": 1,
     }
 }
+FUSED: dict[str, Any] = {"env": {"HRM_TEXT_KERNELS": "1"}}
+TIGHT = {"num_gpu_blocks_override": 24}
 IN_TREE: dict[str, Any] = {"env": {"VLLM_PLUGINS": ""}, "max_num_batched_tokens": 2048}
 OURS: dict[str, dict[str, Any]] = {
     "triton float32": TRITON,
+    "triton float32 fused": TRITON | FUSED,
     "triton float32 drafts": TRITON | DRAFTS,
     "flash bf16": FLASH,
-    "flash bf16 preemption": FLASH | {"num_gpu_blocks_override": 24},
-    "flash bf16 drafts": FLASH | DRAFTS,
+    "flash bf16 fused": FLASH | FUSED,
+    "flash bf16 preemption": FLASH | TIGHT,
+    "flash bf16 fused preemption": FLASH | FUSED | TIGHT,
+    "flash bf16 drafts": FLASH | FUSED | DRAFTS,
 }
 OTHERS: dict[str, dict[str, Any]] = {
     "in-tree float32": TRITON | IN_TREE,
@@ -66,9 +74,17 @@ def gpu_reference(checkpoint: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def engines(checkpoint: str) -> Iterator[dict[str, Engine]]:
+def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the engines' logs, one file each."""
+    return tmp_path_factory.mktemp("logs")
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: str, logs: Path) -> Iterator[dict[str, Engine]]:
     """All engines, started together: most of a start is one core's work."""
-    started = {name: Engine(model=checkpoint, **(GPU | options)) for name, options in (OURS | OTHERS).items()}
+    started = {
+        name: Engine(model=checkpoint, log=logs / name, **(GPU | options)) for name, options in (OURS | OTHERS).items()
+    }
     with contextlib.ExitStack() as stack:
         yield {name: stack.enter_context(engine) for name, engine in started.items()}
 
@@ -110,6 +126,29 @@ def test_cache_hits(
 def test_decode_replays_full_graphs(engines: dict[str, Engine]) -> None:
     for name in OURS:
         assert engines[name].call(graph_mode) == "FULL_AND_PIECEWISE", name
+
+
+@pytest.mark.parametrize("name", [name for name in OURS if "fused" in name and "preemption" not in name])
+def test_batches_in_padded_graphs(
+    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+) -> None:
+    emitted = []
+    for count in (1, 2, 7, 8, 16, 20):
+        batch = [Ask(prompt(20 + 3 * seed, seed), (0, 15 + seed), 12) for seed in range(count)]
+        emitted += emitted_by(gpu_reference, engines[name], batch)
+    measured, yardstick = Yardstick.of(emitted), of_engine(name, yardsticks)
+    print(f"\n{name}: {measured}")
+    assert measured.mean <= 1.2 * yardstick.mean
+    assert measured.largest <= 2 * yardstick.largest
+
+
+def test_the_fused_kernels_run_where_they_should(engines: dict[str, Engine], logs: Path) -> None:
+    """From the capture of the first FULL graph on; drafts need other graphs, and say so."""
+    for name in OURS:
+        engines[name].ask([Ask(P[:9], (), 4)])
+        log = (logs / name).read_text()
+        assert (FUSED_LOG in log) == ("fused" in name), name
+        assert ("not on the fused kernels: speculative decoding" in log) == (name == "flash bf16 drafts")
 
 
 def graph_mode(llm: Any) -> str:

@@ -1,0 +1,142 @@
+"""Decode steps on the fused kernels, with vLLM's KV cache and block tables in the form that they take.
+
+The branch lies outside the module that vLLM compiles, in the forward pass that it captures: Model Runner V2 records
+its FULL graphs around the whole model, and the tensors of their metadata are the runner's persistent buffers. Its
+PIECEWISE graphs, and the dry runs that warm them up, stay with vLLM's own layers.
+"""
+
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm import envs
+from vllm.config import CUDAGraphMode, VllmConfig
+from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
+
+from hrm_text.model import HrmTextBody
+
+if TYPE_CHECKING:
+    from hrm_text.kernels.decode import FusedDecode
+
+logger = init_logger("vllm.hrm_vllm")
+
+# Their KV cache is (pages, heads, page_size, [key | value]); CPU_ATTN keeps keys by column.
+BACKENDS: tuple[str, ...] = ("FLASH_ATTN", "TRITON_ATTN")
+
+
+class Decoder:
+    """Decides at the first decode step, when weights are loaded and caches bound, and stays with it.
+
+    Args:
+        body: of the model.
+        config: of the engine.
+    """
+
+    def __init__(self, body: HrmTextBody, config: VllmConfig) -> None:
+        self._body = body
+        self._config = config
+        self._decided = _off()
+        self._layers = _attention_layers(body)
+        self.fused: FusedDecode | None = None
+
+    def recur(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
+        """z_H after the last step; None where vLLM's own layers have to run the batch."""
+        if self._decided and self.fused is None:
+            return None
+        metadata = self._decode_metadata()
+        if metadata is None:
+            return None
+        if not self._decided:
+            self._decide(positions.device)
+        piecewise = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
+        if self.fused is None or piecewise or len(metadata.seq_lens) != len(positions):
+            return None
+        from hrm_text.kernels.attention import DecodeBatch
+
+        batch = DecodeBatch(
+            positions=positions,
+            write_slots=metadata.slot_mapping,
+            table=metadata.block_table,
+            row_starts=None,
+            lengths=metadata.seq_lens,
+            page_size=next(iter(self._layers.values())).kv_cache.shape[2],
+            cos_sin=self._cos_sin,
+        )
+        z_H, z_L = self._body.begin(self._body.embed(input_ids))
+        return self.fused(z_H, z_L, batch, self._caches)
+
+    def _decode_metadata(self) -> Any:
+        """Attention metadata of a batch with one query token a request; None for any other batch, and dry runs."""
+        if not is_forward_context_available():
+            return None
+        by_layer = get_forward_context().attn_metadata
+        if not isinstance(by_layer, dict):  # None in the profile run, a list with microbatches
+            return None
+        metadata = by_layer.get(next(iter(self._layers.values())).layer_name)
+        return metadata if getattr(metadata, "prefix_lm_decode", False) else None
+
+    def _decide(self, device: torch.device) -> None:
+        from hrm_text.kernels.choice import choose
+
+        self._decided = True
+        dtype = self._config.model_config.dtype
+        reason = why_not(self._config, list(self._layers.values()), dtype)
+        self.fused = choose(self._body, dtype, device, "vLLM", reason, logger)
+        # Held here, because captured graphs read it and vLLM's layer may replace its own.
+        self._cos_sin = self._body.L_module.layers[0].self_attn.rotary_emb.cos_sin_cache
+
+    def _caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        # Asked for anew each time: vLLM binds other caches after its memory profile.
+        cache = self._layers[slot].kv_cache
+        k, v = cache.transpose(1, 2).split(self._body.shape.head_dim, dim=-1)
+        return k, v
+
+
+def _off() -> bool:
+    """Whether the kernels are not asked for; a CPU build of vLLM need not have Triton."""
+    if find_spec("triton") is None:
+        return True
+    from hrm_text.kernels.launch import why_off
+
+    return why_off() is not None
+
+
+def _attention_layers(body: HrmTextBody) -> dict[int, Any]:
+    """vLLM's attention layer of each KV slot of this stage."""
+    return {
+        body.shape.plan.slot(int(step), index): paged.attn
+        for stack in (body.L_module, body.H_module)
+        for index, block in enumerate(stack.layers)
+        for step, paged in block.self_attn.attn.items()
+    }
+
+
+def why_not(config: VllmConfig, layers: list[Any], dtype: torch.dtype) -> str | None:
+    """Why decode steps of an engine cannot run on the fused kernels; None when they can.
+
+    What `hrm_vllm.config` refuses (KV transfer, context parallelism, microbatches) does not get here; what the
+    weights forbid (tensor and pipeline parallelism, quantisation) is `hrm_text.kernels.decode.why_not`'s.
+    """
+    mode = config.compilation_config.cudagraph_mode
+    cache = layers[0].kv_cache
+    backend = layers[0].attn_backend.get_name()
+    if config.speculative_config is not None:
+        return "speculative decoding, whose graphs verify several tokens a request"
+    if mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE:
+        return f"cudagraph_mode={mode.name}"
+    if config.lora_config is not None:
+        return "LoRA"
+    if config.parallel_config.data_parallel_size > 1:
+        return "data parallelism"
+    if envs.VLLM_BATCH_INVARIANT:
+        return "VLLM_BATCH_INVARIANT=1"
+    if backend not in BACKENDS:
+        return f"the attention backend {backend}"
+    if any(layer.sliding_window is not None for layer in layers):
+        return "a sliding window"
+    if any(layer.kv_cache.dtype != dtype for layer in layers):
+        return f"a KV cache of {config.cache_config.cache_dtype}"
+    if cache.ndim != 4 or cache.shape[3] != 2 * layers[0].head_size or cache.stride(3) != 1:
+        return f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}"
+    return None

@@ -1,0 +1,226 @@
+"""Decode steps on the fused kernels through vLLM's own path, on a CPU under Triton's interpreter.
+
+`tests/vllm/gpu_layout.py` says what stands in for a GPU. A decode step takes about 3 s, so answers are short.
+"""
+
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from tests.vllm.engine import FUSED_LOG, Ask, Engine
+from tests.vllm.mixes import TOLERANCE, deviation, worst_deviation
+from tests.vllm.test_exactness import count_events, event_counts
+from tests.vllm.test_prefix_cache import prompt
+
+pytestmark = [pytest.mark.cpu, pytest.mark.slow]
+
+FUSED = {"HRM_TEXT_KERNELS": "1", "TRITON_INTERPRET": "1"}
+P = prompt(120)
+
+
+@pytest.fixture(scope="module")
+def engine(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
+    log = tmp_path_factory.mktemp("fused") / "log"
+    # Pages of 96 tokens: not a power of two. Five of six are free, and a request of 100 tokens takes two.
+    options: dict[str, Any] = {"block_size": 96, "num_gpu_blocks_override": 6, "max_num_batched_tokens": 100}
+    with Engine(model=tiny, env=FUSED, gpu_layout=True, log=log, max_num_seqs=20, **options) as running:
+        running.call(count_events)
+        running.call(count_fused_steps)
+        yield running
+        assert FUSED_LOG in log.read_text()
+
+
+def count_fused_steps(llm: Any) -> None:
+    """Watch the sizes of the batches that the fused kernels decode."""
+    decoder, llm.fused_batches = decoder_of(llm), []
+    recur = decoder.recur
+
+    def counting(input_ids: torch.Tensor, positions: torch.Tensor) -> Any:
+        result = recur(input_ids, positions)
+        if result is not None:
+            llm.fused_batches.append(len(input_ids))
+        return result
+
+    decoder.recur = counting
+
+
+def decoder_of(llm: Any) -> Any:
+    return runner_of(llm).model.decoder
+
+
+def runner_of(llm: Any) -> Any:
+    return llm.llm_engine.model_executor.driver_worker.worker.model_runner
+
+
+def fused_batches(llm: Any) -> list[int]:
+    sizes, llm.fused_batches = llm.fused_batches, []
+    return sizes
+
+
+def test_chunks_and_cache_hits(engine: Engine, reference: Any) -> None:
+    """A prompt in chunks beside a decode, decoded with it, and met again in the cache."""
+    engine.call(fused_batches)
+    long = Ask(P, (0, 40, 60, 90), 3, score=True)
+    assert worst_deviation(reference, engine, [Ask(P[:7], (), 8), long]) <= TOLERANCE
+    assert 2 in engine.call(fused_batches)
+    (again,) = engine.ask([Ask(P, (0, 40, 60, 90), 3)])
+    assert again[0].cached == 96
+    assert deviation(reference, Ask(P, (0, 40, 60, 90), 3), again) <= TOLERANCE
+    assert engine.call(fused_batches) == [1, 1]
+    assert engine.call(event_counts)["chunks"]
+
+
+def test_preemption(engine: Engine, reference: Any) -> None:
+    """Requests that grow out of their last page while no other is free."""
+    batch = [Ask(prompt(94, seed), (0, 30 + seed), 6) for seed in range(4)]
+    assert worst_deviation(reference, engine, batch) <= TOLERANCE
+    assert engine.call(event_counts)["preemptions"]
+    assert engine.call(fused_batches)
+
+
+def test_a_padded_batch(engine: Engine) -> None:
+    """As a FULL graph runs it: rows behind the batch have no length, no slot, and positions of earlier steps."""
+    plain, padded, cache_unchanged = engine.call(padded_step)
+    assert plain.shape == (2, 64) and padded.shape == (4, 64)
+    assert float((plain - padded[:2]).abs().max()) <= TOLERANCE  # other splits of the context
+    assert bool(padded.isfinite().all())
+    assert cache_unchanged
+
+
+def padded_step(llm: Any) -> tuple[torch.Tensor, torch.Tensor, bool]:
+    """Hidden states of a batch of two, alone and with two padding rows, and whether these left the cache alone."""
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+
+    runner = runner_of(llm)
+    layers = decoder_of(llm)._layers
+
+    def step(rows: int) -> torch.Tensor:
+        metadata = SimpleNamespace(
+            prefix_lm_decode=True,
+            slot_mapping=torch.tensor([96 + 50, 2 * 96 + 10, -1, -1])[:rows],
+            block_table=torch.tensor([[1, 0], [2, 0], [0, 0], [0, 0]], dtype=torch.int32)[:rows],
+            seq_lens=torch.tensor([51, 11, 0, 0], dtype=torch.int32)[:rows],
+        )
+        by_layer = dict.fromkeys((layer.layer_name for layer in layers.values()), metadata)
+        with (
+            torch.inference_mode(),
+            set_forward_context(by_layer, runner.vllm_config, cudagraph_runtime_mode=CUDAGraphMode.FULL),
+        ):
+            ids, positions = torch.tensor([20, 30, 40, 50]), torch.tensor([50, 10, 77, 200])
+            return runner.model(ids[:rows], positions[:rows])
+
+    plain = step(2)
+    caches = [layer.kv_cache.clone() for layer in layers.values()]
+    padded = step(4)
+    pairs = zip(caches, layers.values(), strict=True)
+    same = all(torch.allclose(old, layer.kv_cache, atol=TOLERANCE) for old, layer in pairs)
+    return plain, padded, same
+
+
+def test_batches_that_are_not_its_own(engine: Engine) -> None:
+    """PIECEWISE graphs, dry runs and microbatches stay with vLLM's layers."""
+    assert engine.call(taken) == {"decode": True, "piecewise": False, "dry run": False, "microbatches": False}
+
+
+def taken(llm: Any) -> dict[str, bool]:
+    from vllm.config import CUDAGraphMode
+    from vllm.forward_context import set_forward_context
+
+    runner, decoder = runner_of(llm), decoder_of(llm)
+    names = [layer.layer_name for layer in decoder._layers.values()]
+
+    def take(decode: bool, mode: CUDAGraphMode = CUDAGraphMode.NONE, microbatches: bool = False) -> bool:
+        metadata = SimpleNamespace(
+            prefix_lm_decode=decode,
+            slot_mapping=torch.tensor([-1]),
+            block_table=torch.tensor([[0]], dtype=torch.int32),
+            seq_lens=torch.tensor([1], dtype=torch.int32),
+        )
+        by_layer: Any = dict.fromkeys(names, metadata)
+        with (
+            torch.inference_mode(),
+            set_forward_context(
+                [by_layer] if microbatches else by_layer, runner.vllm_config, cudagraph_runtime_mode=mode
+            ),
+        ):
+            return decoder.recur(torch.tensor([20]), torch.tensor([0])) is not None
+
+    return {
+        "decode": take(True),
+        "piecewise": take(True, CUDAGraphMode.PIECEWISE),
+        "dry run": take(False),
+        "microbatches": take(True, microbatches=True),
+    }
+
+
+REASONS = {
+    "as it runs": None,
+    "drafts": "speculative decoding, whose graphs verify several tokens a request",
+    "piecewise": "cudagraph_mode=PIECEWISE",
+    "LoRA": "LoRA",
+    "replicas": "data parallelism",
+    "batch invariance": "VLLM_BATCH_INVARIANT=1",
+    "fp8": "a KV cache of fp8",
+    "window": "a sliding window",
+    "packed keys": "the attention backend CPU_ATTN",
+}
+
+
+def test_reasons(engine: Engine) -> None:
+    assert engine.call(reasons) == REASONS
+
+
+def reasons(llm: Any) -> dict[str, str | None]:
+    """What `why_not` says of this engine, and of it with one thing changed."""
+    from unittest.mock import patch
+
+    from vllm import envs
+    from vllm.config import CUDAGraphMode
+
+    from hrm_vllm import decode
+
+    config = runner_of(llm).vllm_config
+    layers = list(decoder_of(llm)._layers.values())
+    fp8 = layers[0].kv_cache.to(torch.float8_e4m3fn)
+    changes: dict[str, list[Any]] = {
+        "as it runs": [],
+        "drafts": [patch.object(config, "speculative_config", object())],
+        "piecewise": [patch.object(config.compilation_config, "cudagraph_mode", CUDAGraphMode.PIECEWISE)],
+        "LoRA": [patch.object(config, "lora_config", object())],
+        "replicas": [patch.object(config.parallel_config, "data_parallel_size", 2)],
+        "batch invariance": [patch.object(envs, "VLLM_BATCH_INVARIANT", True, create=True)],
+        "fp8": [patch.object(layers[0], "kv_cache", fp8), patch.object(config.cache_config, "cache_dtype", "fp8")],
+        "window": [patch.object(layers[-1], "sliding_window", 64)],
+        "packed keys": [patch.object(decode, "BACKENDS", decode.BACKENDS[:2])],
+    }
+    found = {}
+    for name, patches in changes.items():
+        with contextlib.ExitStack() as stack:
+            for each in patches:
+                stack.enter_context(each)
+            found[name] = decode.why_not(config, layers, torch.float32)
+    return found
+
+
+def test_many_requests(engine: Engine, reference: Any) -> None:
+    """A batch beyond the kernels for few tokens. It comes last: its pages are all the cache has."""
+    engine.call(fused_batches)
+    batch = [Ask(prompt(4 + seed % 3, seed), (), 2) for seed in range(17)]
+    assert worst_deviation(reference, engine, batch) <= TOLERANCE
+
+
+def test_a_backend_that_they_do_not_know(tiny: str, reference: Any, tmp_path: Path) -> None:
+    """The CPU's own: the engine says so once, and serves as without them."""
+    log = tmp_path / "log"
+    with Engine(model=tiny, env=FUSED, log=log) as engine:
+        assert worst_deviation(reference, engine, [Ask(P[:20], (0, 12), 3), Ask(P[:7], (), 3)]) <= TOLERANCE
+    lines = [line for line in log.read_text().splitlines() if "decode runs" in line]
+    assert len(lines) == 1 and "vLLM's layers" in lines[0] and "the attention backend CPU_ATTN" in lines[0]
