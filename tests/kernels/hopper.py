@@ -55,18 +55,17 @@ def main() -> None:
         (WIDE, HIDDEN, True, True, False),
         (HIDDEN, WIDE, False, False, True),
     ):
-        shape = {"K": width, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual, "UPCOMING": 2 * rows * width}
+        shape = {"K": width, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
         block, warps = register_tile(width, swiglu)
-        one = {"BLOCK": block, "COLUMNS": register_columns(width), "THREADS": 32 * warps, "TOKENS": 1, "PDL": True}
+        one = {"BLOCK": block, "COLUMNS": register_columns(width), "TOKENS": 1, "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         block, columns, stages, warps = tensor_core_tile(rows, width)
-        few = {"TOKENS": MAX_TOKENS, "BLOCK": block, "BLOCK_K": columns, "STAGES": stages, "THREADS": 32 * warps}
+        few = {"TOKENS": MAX_TOKENS, "BLOCK": block, "BLOCK_K": columns, "STAGES": stages}
         print("on tensor cores", rows, width, compile_kernel(_on_tensor_cores, shape | few, warps))
     for tokens, ragged in ((1, True), (8, False), (64, True), (64, False)):
         splits = splits_for(tokens, HEADS)
         block, stages, warps = tile(splits)
         shape = {"HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": 1, "RAGGED": ragged, "PDL": True}
-        shape |= {"UPCOMING": 4 * HIDDEN * WIDE if splits > 1 else 0, "THREADS": 32 * warps}
         rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "NORM": splits == 1}
         print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
     print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))

@@ -72,18 +72,27 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def engines(checkpoint: str, logs: Path) -> Iterator[dict[str, Engine]]:
-    """All engines, started together: most of a start is one core's work."""
+    """All engines: one that compiles what the others find compiled, then those together."""
     options = OURS | OTHERS
-    ports = free_ports(len(options))
-    started = {
-        name: Engine(model_path=checkpoint, log=logs / name, nccl_port=port, **(GPU | options[name]))
-        for name, port in zip(options, ports, strict=True)
-    }
+    ports = dict(zip(options, free_ports(len(options)), strict=True))
+    started: dict[str, Engine] = {}
+
+    def start(names: list[str]) -> None:
+        for name in names:
+            gpu = GPU | options[name]
+            started[name] = Engine(model_path=checkpoint, log=logs / name, nccl_port=ports[name], **gpu)
+            stack.push(started[name])
+        for name in names:
+            try:
+                started[name].__enter__()
+            except RuntimeError as error:
+                error.add_note(f"{name}: " + (logs / name).read_text()[-3000:])
+                raise
+
     with contextlib.ExitStack() as stack:
-        for engine in started.values():
-            stack.push(engine)
-        for engine in started.values():
-            engine.__enter__()
+        first, *rest = options
+        start([first])
+        start(rest)
         yield started
 
 

@@ -10,7 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hrm_text.kernels.launch import dependent_launch, fetch_into_l2, fetched_bytes, launch_options
+from hrm_text.kernels.launch import dependent_launch, launch_options
 
 MAX_SPLITS = 16
 MAX_SPLIT_TOKENS = 16  # larger batches fill the chip without splits
@@ -84,18 +84,16 @@ def _combine(partial_ptr, stats_ptr, full, pieces, SPLITS: tl.constexpr, DIM: tl
 
 @triton.jit
 def _decode(
-    gqkv_ptr, x_ptr, out_ptr, upcoming_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
+    gqkv_ptr, x_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
     table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
     table_stride, k_page, k_token, k_head, v_page, v_token, v_head, scale, eps,
     HEADS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
     RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, UPCOMING: tl.constexpr, THREADS: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     head, split, request = tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    program = (request * SPLITS + split) * HEADS + head
-    programs = tl.num_programs(2) * SPLITS * HEADS
     if RAGGED:
         first = tl.load(row_starts_ptr + request).to(tl.int64)
         length = (tl.load(row_starts_ptr + request + 1) - first).to(tl.int32)
@@ -107,8 +105,6 @@ def _decode(
     chunk = tl.maximum(tl.cdiv(cached, SPLITS * BLOCK), 1) * BLOCK
     pieces = tl.maximum(tl.cdiv(cached, chunk), 1)
     if split >= pieces:
-        if UPCOMING > 0:
-            fetch_into_l2(upcoming_ptr, program, programs, UPCOMING, THREADS)
         return
     begin = split * chunk
     end = tl.minimum(begin + chunk, cached)
@@ -128,8 +124,6 @@ def _decode(
     cos = tl.load(cos_sin_ptr + place * DIM + full % HALF).to(tl.float32)
     sin = tl.load(cos_sin_ptr + place * DIM + HALF + full % HALF).to(tl.float32)
     sign_sin = tl.where(full < HALF, -sin, sin)
-    if UPCOMING > 0:
-        fetch_into_l2(upcoming_ptr, program, programs, UPCOMING, THREADS)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
@@ -227,7 +221,6 @@ class DecodeAttention:
         *,
         x: torch.Tensor | None = None,
         eps: float = 0.0,
-        upcoming: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Gated attention output, (tokens, heads * head_dim); writes the new token's key and value.
 
@@ -237,7 +230,6 @@ class DecodeAttention:
             batch: where it all stands.
             x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it.
             eps: of that RMSNorm.
-            upcoming: the weight that a kernel after this one reads, fetched into the L2 cache meanwhile.
         """
         tokens = gqkv.shape[0]
         splits = splits_for(tokens, self.heads)
@@ -245,13 +237,13 @@ class DecodeAttention:
         block, stages, warps = tile(splits)
         hidden = 1 if x is None else x.shape[1]
         _decode[(self.heads, splits, tokens)](
-            gqkv, x, out, upcoming, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
+            gqkv, x, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
             batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
             batch.table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], self.head_dim**-0.5, eps,
             HEADS=self.heads, DIM=self.head_dim, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
             PAGE=batch.page_size, RAGGED=batch.row_starts is not None, SPLITS=splits,
-            BLOCK=block, STAGES=stages, NORM=x is not None, UPCOMING=fetched_bytes(upcoming), THREADS=32 * warps,
-            PDL=dependent_launch(gqkv.device), num_warps=warps, **launch_options(gqkv.device),
+            BLOCK=block, STAGES=stages, NORM=x is not None, PDL=dependent_launch(gqkv.device),
+            num_warps=warps, **launch_options(gqkv.device),
         )  # fmt: skip
         return out
 

@@ -43,41 +43,23 @@ class FusedDecode:
             stack = body.L_module if body.steps[step] == "L" else body.H_module
             x = z_L + z_H
             for index, block in enumerate(stack.layers):
-                x = self._block(x, block, self._after(step, index), batch, *caches(body.shape.plan.slot(step, index)))
+                x = self._block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
             if body.steps[step] == "L":
                 z_L = stack.final_norm(x)
             else:
                 z_H = stack.final_norm(x)
         return z_H
 
-    def _after(self, step: int, index: int) -> Block | None:
-        """The block that runs after block `index` of `step`; None at the end."""
-        body = self.body
-        stack = body.L_module if body.steps[step] == "L" else body.H_module
-        if index + 1 < len(stack.layers):
-            return stack.layers[index + 1]
-        if step + 1 == len(body.steps):
-            return None
-        return (body.L_module if body.steps[step + 1] == "L" else body.H_module).layers[0]
-
     def _block(
-        self,
-        x: torch.Tensor,
-        block: Block,
-        after: Block | None,
-        batch: DecodeBatch,
-        k_cache: torch.Tensor,
-        v_cache: torch.Tensor,
+        self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
         attention, mlp = block.self_attn, block.mlp
         if len(x) <= MAX_TOKENS:
-            o, gate_up, down = attention.o_proj.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight
-            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps, upcoming=o)
-            out = self.attention(gqkv, k_cache, v_cache, batch, upcoming=gate_up)
-            x = small_linear(out, o, residual=x)
-            act = small_linear(x, gate_up, norm_eps=self.eps, swiglu=True, upcoming=down)
-            following = None if after is None else after.self_attn.gqkv_proj.weight
-            return small_linear(act, down, residual=x, upcoming=following)
+            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            out = self.attention(gqkv, k_cache, v_cache, batch)
+            x = small_linear(out, attention.o_proj.weight, residual=x)
+            act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
+            return small_linear(act, mlp.down_proj.weight, residual=x)
         gqkv = linear(x, attention.gqkv_proj.weight)
         out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
         x = torch.addmm(x, out, attention.o_proj.weight.t())

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hrm_text.kernels.launch import dependent_launch, fetch_into_l2, fetched_bytes, launch_options
+from hrm_text.kernels.launch import dependent_launch, launch_options
 
 MAX_TOKENS = 16  # rows of one tensor-core tile
 MAX_REGISTER_TOKENS = 2  # a step of 2: 5.2 ms, 6.7 on tensor cores; of 4: 8.2 and 6.8 (H200, the 1B)
@@ -31,7 +31,6 @@ def _in_registers(
     w_ptr,
     residual_ptr,
     out_ptr,
-    upcoming_ptr,
     tokens,
     rows,
     eps,
@@ -42,8 +41,6 @@ def _in_registers(
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    UPCOMING: tl.constexpr,
-    THREADS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """`BLOCK` rows of W, which wait in registers when the last kernel ends, against one token after the other.
@@ -62,8 +59,6 @@ def _in_registers(
         w += (tl.load(start + part * COLUMNS, mask=mask[:, None], other=0.0),)  # type: ignore[assignment]
         if SWIGLU:
             u += (tl.load(start + rows * K + part * COLUMNS, mask=mask[:, None], other=0.0),)  # type: ignore[assignment]
-    if UPCOMING > 0:
-        fetch_into_l2(upcoming_ptr, tl.program_id(0), tl.num_programs(0), UPCOMING, THREADS)
     if PDL:
         tl.extra.cuda.gdc_wait()
     for token in tl.static_range(TOKENS):
@@ -96,7 +91,6 @@ def _on_tensor_cores(
     w_ptr,
     residual_ptr,
     out_ptr,
-    upcoming_ptr,
     tokens,
     rows,
     eps,
@@ -108,8 +102,6 @@ def _on_tensor_cores(
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
-    UPCOMING: tl.constexpr,
-    THREADS: tl.constexpr,
 ):
     """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores.
 
@@ -120,10 +112,8 @@ def _on_tensor_cores(
     start = row.to(tl.int64) * K
     product = tl.zeros((TOKENS, BLOCK), tl.float32)
     up = tl.zeros((TOKENS, BLOCK), tl.float32)
-    squares = tl.zeros((TOKENS, BLOCK_K), tl.float32)  # summed once, behind the loop: a sum crosses warps
+    square_sum = tl.zeros((TOKENS,), tl.float32)
     inside = token[:, None] < tokens
-    if UPCOMING > 0:
-        fetch_into_l2(upcoming_ptr, tl.program_id(0), tl.num_programs(0), UPCOMING, THREADS)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         column = k + tl.arange(0, BLOCK_K)
         w = tl.load(w_ptr + start[None, :] + column[:, None])
@@ -134,12 +124,12 @@ def _on_tensor_cores(
             up = tl.dot(x, u, up, input_precision="ieee")
         if NORM:
             wide = x.to(tl.float32)
-            squares += wide * wide
+            square_sum += tl.sum(wide * wide, 1)
     offsets = token[:, None] * rows + row[None, :]
     residual = tl.zeros((TOKENS, BLOCK), tl.float32)
     if RESIDUAL:
         residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    product = _finish(product, up, tl.sum(squares, 1)[:, None], residual, K, eps, NORM, SWIGLU)
+    product = _finish(product, up, square_sum[:, None], residual, K, eps, NORM, SWIGLU)
     tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=inside)
 
 
@@ -150,7 +140,6 @@ def small_linear(
     norm_eps: float | None = None,
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
-    upcoming: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`weight` times RMSNorm(x), then SwiGLU or plus the residual.
 
@@ -160,7 +149,6 @@ def small_linear(
         norm_eps: epsilon of the parameterless RMSNorm; None leaves x as it is.
         swiglu: whether the result is silu(gate) * up, with half as many columns as weight has rows.
         residual: (tokens, rows), added.
-        upcoming: the weight that a kernel after this one reads, fetched into the L2 cache meanwhile.
 
     Returns:
         (tokens, rows), or half the rows with `swiglu`.
@@ -173,21 +161,20 @@ def small_linear(
         "NORM": norm_eps is not None,
         "SWIGLU": swiglu,
         "RESIDUAL": residual is not None,
-        "UPCOMING": fetched_bytes(upcoming),
     }
     eps = norm_eps or 0.0
     if tokens <= MAX_REGISTER_TOKENS:
         block, warps = register_tile(width, swiglu)
         _in_registers[(triton.cdiv(rows, block),)](
-            x, weight, residual, out, upcoming, tokens, rows, eps, width,
+            x, weight, residual, out, tokens, rows, eps, width,
             TOKENS=triton.next_power_of_2(tokens), BLOCK=block, COLUMNS=register_columns(width),
-            THREADS=32 * warps, PDL=dependent_launch(x.device), num_warps=warps, **launch_options(x.device), **flags,
+            PDL=dependent_launch(x.device), num_warps=warps, **launch_options(x.device), **flags,
         )  # fmt: skip
     else:
         block, block_k, stages, warps = tensor_core_tile(rows, width)
         _on_tensor_cores[(rows // block,)](
-            x, weight, residual, out, upcoming, tokens, rows, eps, width, TOKENS=MAX_TOKENS, BLOCK=block,
-            BLOCK_K=block_k, STAGES=stages, THREADS=32 * warps, num_warps=warps, **flags,
+            x, weight, residual, out, tokens, rows, eps, width, TOKENS=MAX_TOKENS, BLOCK=block,
+            BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
         )  # fmt: skip
     return out
 
