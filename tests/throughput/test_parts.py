@@ -11,21 +11,23 @@ import pytest
 from transformers import AutoTokenizer
 
 from hrm_text.config import read_config
+from hrm_text.evaluation.rows import DataError
 from hrm_text.names import nano_path
 from hrm_text.throughput.dummy import dummy_model
-from hrm_text.throughput.engines import BenchError, find_machine, kv_tokens
+from hrm_text.throughput.engines import BenchError, find_machine, gpu_memory_mib, kv_tokens
 from hrm_text.throughput.floor import Costs, Rates
 from hrm_text.throughput.load import METRICS, Worker, read_metrics
 from hrm_text.throughput.report import Report
 from hrm_text.throughput.results import Record, Store, claim
 from hrm_text.throughput.static import summary
+from hrm_text.throughput.tasks import make_task
 from hrm_text.throughput.workloads import SIZES, Workload, WorkloadError, make_prompts
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG_1B = ROOT / "benchmarks/hrm-text-1b"
 SHAPE_1B = read_config(json.loads((CONFIG_1B / "config.json").read_text()))
 H200 = Rates(4.3e12, 790e12)
-SMOKE = {workload.name: workload for workload in SIZES["smoke"].workloads}
+SMOKE, SHORT = ({workload.name: workload for workload in SIZES[size].workloads} for size in ("smoke", "short"))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +52,8 @@ def test_prompts_have_their_exact_length(name: str, tokenizer: Any) -> None:
 
 def test_only_what_no_earlier_prompt_begins_with_is_fresh(tokenizer: Any) -> None:
     vote = make_prompts(Workload("v", "vote", 40, 8, 4, 2, 3), tokenizer, "a")
-    assert vote.fresh[0] == 40 and vote.fresh[1:3] == (1, 1) and vote.fresh[3] > 30
+    # The second prompt opens as the first did, but that lies in a span that goes on otherwise.
+    assert vote.fresh == (40, 1, 1, 40, 1, 1)
     turns = make_prompts(Workload("t", "turns", 40, 8, 1, 1, 3), tokenizer, "a")
     assert turns.fresh == (40, 48, 48)
     score = make_prompts(Workload("s", "score", 40, 4, 1, 1, 2), tokenizer, "a")
@@ -62,16 +65,64 @@ def test_gsm8k_prompts_are_the_rows(tmp_path: Path, tokenizer: Any) -> None:
     prompts = make_prompts(SMOKE["gsm8k"], tokenizer, "a", tmp_path)
     expected = "<|im_start|><|quad_end|><|object_ref_end|>How many?<|im_end|>"
     assert prompts.texts[0] == expected and len(prompts.texts) == 2
-    (tmp_path / "gsm8k_test.jsonl").write_text('{"answer": "4"}\n')
-    with pytest.raises(WorkloadError, match="is not GSM8K's rows"):
-        make_prompts(SMOKE["gsm8k"], tokenizer, "a", tmp_path)
-    with pytest.raises(WorkloadError, match="cannot be read"):
+    with pytest.raises(WorkloadError, match="gsm8k: needs --data-dir, a folder with gsm8k_test.jsonl"):
+        make_prompts(SMOKE["gsm8k"], tokenizer, "a")
+    with pytest.raises(WorkloadError, match=r"nowhere has no gsm8k_test.jsonl"):
         make_prompts(SMOKE["gsm8k"], tokenizer, "a", tmp_path / "nowhere")
+    with pytest.raises(WorkloadError, match=r"has no math_test.jsonl or math500_test.jsonl"):
+        make_prompts(SHORT["math-all"], tokenizer, "a", tmp_path)
 
 
-def test_full_size_fits_the_1b(tokenizer: Any) -> None:
-    for workload in SIZES["full"].workloads:
-        if workload.kind != "gsm8k":
+def test_a_row_that_cannot_be_used_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    (tmp_path / "gsm8k_test.jsonl").write_text('{"question": "How many?"}\n{"answer": "4"}\n')
+    with pytest.raises(DataError, match=r"gsm8k_test.jsonl:2: field 'question' must be text, got None"):
+        make_prompts(SHORT["gsm8k-all"], tokenizer, "a", tmp_path)
+
+
+def test_whole_benchmarks_are_an_evaluation_s_prompts(tmp_path: Path, tokenizer: Any) -> None:
+    pytest.importorskip("lm_eval")
+    from hrm_text.evaluation.tasks import load
+
+    rows = [mmlu_row(subject, n) for subject in ("anatomy", "high_school_european_history") for n in range(6)]
+    for name in ("mmlu_dev.jsonl", "mmlu_test_1in10.jsonl"):
+        (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "math500_test.jsonl").write_text('{"problem": "Two?", "solution": "\\\\boxed{2}"}\n')
+    made = make_prompts(SHORT["mmlu-all"], tokenizer, "a", tmp_path)
+    run = {"path": "", "split": "test", "data_dir": str(tmp_path), "pretrained": "hrm-text-nano"}
+    shots = {"anatomy": 5, "high_school_european_history": 3}
+    choice = {"condition": "direct", "context": 4096, "shots_split": "dev", **run}
+    asked = [
+        document["prompt"]
+        for subject, count in shots.items()
+        for document in load("mmlu", name=subject, shots=count, **choice)["test"]
+    ]
+    assert list(made.texts) == asked
+    # They share their shots, but no cache can: question and shots are one span.
+    assert made.fresh == made.lengths
+    (problem,) = load("math", condition="synth,cot", context=3072, **run)["test"]
+    assert make_prompts(SHORT["math-all"], tokenizer, "a", tmp_path).texts == (problem["prompt"],)
+
+
+def mmlu_row(subject: str, number: int) -> dict[str, Any]:
+    choices = [f"{number}", "four", "five", "six"]
+    return {"subject": subject, "question": f"What is {number}?", "choices": choices, "answer": number % 4}
+
+
+def test_prompts_that_do_not_fit_are_left_out(tmp_path: Path, tokenizer: Any) -> None:
+    rows = [{"question": question} for question in ("How many?", "How " * 300, "How few?")]
+    (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = make_task(SHORT["gsm8k-all"], tokenizer, 256, str(tmp_path))
+    assert len(task.prompts.texts) == 2 and task.prompts.left_out == 1
+    # Warmed up on as many prompts of that length, none of which is measured.
+    assert len(task.warm_up.texts) == 2 and not set(task.warm_up.texts) & set(task.prompts.texts)
+    with pytest.raises(ValueError, match="workloads: long needs 3104 positions, the model has 256"):
+        make_task(SHORT["long"], tokenizer, 256, "")
+
+
+@pytest.mark.parametrize("size", ["full", "short"])
+def test_a_size_fits_the_1b(size: str, tokenizer: Any) -> None:
+    for workload in SIZES[size].workloads:
+        if not workload.given:
             few = make_prompts(replace(workload, groups=1), tokenizer, "a")
             assert max(few.lengths) + workload.generated <= SHAPE_1B.max_positions
 
@@ -177,6 +228,18 @@ def test_kv_tokens_are_in_the_logs(tmp_path: Path) -> None:
     assert kv_tokens("vllm", log) is None
     log.write_text("INFO CPU KV cache size: 32,768 tokens, Maximum concurrency\nmax_total_num_tokens=8192, chunked\n")
     assert kv_tokens("vllm", log) == 32768 and kv_tokens("sglang", log) == 8192
+
+
+def test_memory_is_that_of_the_gpus_in_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As nvidia-smi answers where there are two.
+    command = tmp_path / "nvidia-smi"
+    command.write_text('#!/bin/sh\ncase "$*" in *--id=1*) echo 700;; *) echo 5; echo 700;; esac\n')
+    command.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert gpu_memory_mib() == 705
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
+    assert gpu_memory_mib() == 700
 
 
 def test_interpreters_are_found_or_refused() -> None:

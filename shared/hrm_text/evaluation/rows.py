@@ -7,6 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+# Parts of the whole that stand in for it, as in shared/data of the project.
+STAND_INS = {"math_test.jsonl": "math500_test.jsonl", "mmlu_test.jsonl": "mmlu_test_1in10.jsonl"}
+
 
 class DataError(ValueError):
     """A file is missing or a row cannot be used; the message names file and line."""
@@ -48,6 +51,12 @@ _TYPE_NAMES: dict[type, str] = {
     dict: "an object",
     bool: "true or false",
 }
+
+
+def file_names(benchmark: str, split: str) -> list[str]:
+    """The names that a file of a benchmark's rows may have; the first that is there counts."""
+    name = f"{benchmark}_{split}.jsonl"
+    return [name, STAND_INS[name]] if name in STAND_INS else [name]
 
 
 def local_rows(folder: str | Path, names: Sequence[str]) -> list[Row]:

@@ -15,14 +15,12 @@ from lm_eval.api.task import ConfigurableTask
 from hrm_text.envelope import ANSWER_END, MARKERS, wrap_prompt
 from hrm_text.evaluation import prompts
 from hrm_text.evaluation.prompts import Item
-from hrm_text.evaluation.rows import DataError, Row, hub_rows, local_rows
+from hrm_text.evaluation.rows import DataError, Row, file_names, hub_rows, local_rows
 from hrm_text.evaluation.scoring import choice_score, integer_answer, letters, math_correct
 from hrm_text.names import resolve_model
 
 logger = logging.getLogger(__name__)
 
-# Parts of the whole that stand in for it, as in shared/data of the project.
-STAND_INS = {"math_test.jsonl": "math500_test.jsonl", "mmlu_test.jsonl": "mmlu_test_1in10.jsonl"}
 # The authors' three shots are rows of DROP's training split, found by how passage and question begin.
 DROP_SHOTS = (
     ("To start the season, the Lions traveled south", "How many points did the buccaneers need to tie in the first?"),
@@ -82,8 +80,7 @@ def load(
         if not data_dir:
             names = name if isinstance(name, list) else [name]
             return [row for each in names for row in hub_rows(path, each, part)]
-        file = f"{benchmark}_{part}.jsonl"
-        rows = local_rows(data_dir, [file, STAND_INS[file]] if file in STAND_INS else [file])
+        rows = local_rows(data_dir, file_names(benchmark, part))
         return [row for row in rows if row.get("subject", str) == name] if benchmark == "mmlu" else rows
 
     rows = rows_of(split)

@@ -177,8 +177,10 @@ def memory_mib(session: int, gpu: bool) -> float:
 
 
 def gpu_memory_mib() -> float | None:
-    """Memory in use on all GPUs together; None where there is none."""
+    """Memory in use on all GPUs that the engines see; None where there is none."""
     command = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hrm_text.envelope import ANSWER_END, wrap_prompt
+from hrm_text.envelope import ANSWER_END, IM_END, IM_START, wrap_prompt
+from hrm_text.spans import Envelope, envelope_spans
+from hrm_text.throughput.questions import BENCHMARKS, questions, why_missing
 
-GSM8K_FILE = "gsm8k_test.jsonl"
-KINDS = ("single", "chat", "long", "gsm8k", "vote", "turns", "score")
+KINDS = ("single", "chat", "long", "vote", "turns", "score", *BENCHMARKS)
 WORDS = tuple(
     "the of and to in is that for it as was with be by on not he his but at are this have from or had an they "
     "which one you were all her she there would their we him been has when who will more no if out so what".split()
@@ -28,10 +29,10 @@ class Workload:
     Attributes:
         name: of the measurement, unique in a size: "chat-64".
         kind: a name in `KINDS`.
-        prompt: tokens; of the context for `score`, of a user turn for `turns`; 0 for prompts as they are.
+        prompt: tokens; of the context for `score`, of a user turn for `turns`; 0 for a benchmark's own prompts.
         output: tokens a request; tokens of a continuation for `score`, which generates one.
         concurrency: requests in flight.
-        groups: prompts that share nothing; `each` requests come from one.
+        groups: prompts that share nothing; `each` requests come from one. Of a benchmark, rows; 0 for all of them.
         each: samples, turns or continuations.
     """
 
@@ -47,6 +48,11 @@ class Workload:
     def generated(self) -> int:
         """Tokens that the engine is asked for."""
         return 1 if self.kind == "score" else self.output
+
+    @property
+    def given(self) -> bool:
+        """Whether the prompts are a benchmark's."""
+        return self.kind in BENCHMARKS
 
 
 @dataclass(frozen=True)
@@ -65,23 +71,45 @@ class Size:
     vllm_options: tuple[str, ...] = ()
 
 
-def _chat(prompt: int, output: int, levels: Sequence[int]) -> tuple[Workload, ...]:
-    return tuple(Workload(f"chat-{n}", "chat", prompt, output, n, max(2 * n, 8)) for n in levels)
+def _chat(output: int, levels: Sequence[int], waves: int, least: int) -> tuple[Workload, ...]:
+    return tuple(Workload(f"chat-{n}", "chat", 512, output, n, max(waves * n, least)) for n in levels)
+
+
+def _whole(output: int) -> tuple[Workload, ...]:
+    """Every row of the benchmarks."""
+    outputs = {"gsm8k": output, "math": output, "mmlu": 1}
+    return tuple(Workload(f"{kind}-all", kind, 0, tokens, 256, 0) for kind, tokens in outputs.items())
 
 
 SIZES = {
     "full": Size(
         (
             Workload("single", "single", 128, 256, 1, 8),
-            *_chat(512, 512, (1, 4, 16, 64, 256)),
+            *_chat(512, (1, 4, 16, 64, 256), waves=2, least=8),
             Workload("long", "long", 3072, 128, 8, 32),
             Workload("gsm8k", "gsm8k", 0, 512, 64, 256),
             Workload("vote", "vote", 256, 256, 16, 8, 16),
             Workload("turns", "turns", 256, 128, 16, 16, 5),
             Workload("score", "score", 1024, 4, 16, 64, 4),
+            *_whole(512),
         ),
         {"ttft": 1000, "tpot": 50},
         3,
+    ),
+    # Where a GPU is lent by the minute: the same prompts, fewer, and shorter answers.
+    "short": Size(
+        (
+            Workload("single", "single", 128, 64, 1, 2),
+            *_chat(128, (1, 16, 64, 256), waves=1, least=1),
+            Workload("long", "long", 3072, 32, 8, 8),
+            Workload("gsm8k", "gsm8k", 0, 64, 64, 64),
+            Workload("vote", "vote", 256, 64, 16, 1, 16),
+            Workload("turns", "turns", 256, 32, 8, 8, 5),
+            Workload("score", "score", 1024, 4, 16, 16, 4),
+            *_whole(128),
+        ),
+        {"ttft": 1000, "tpot": 50},
+        1,
     ),
     "smoke": Size(
         (
@@ -110,11 +138,13 @@ class Prompts:
         texts: one a request, in the order in which they are sent.
         lengths: their tokens.
         fresh: the tokens of each that no earlier request begins with: what even a perfect cache must compute.
+        left_out: prompts that did not fit the model.
     """
 
     texts: tuple[str, ...]
     lengths: tuple[int, ...]
     fresh: tuple[int, ...]
+    left_out: int = 0
 
     def write(self, path: Path) -> None:
         """As `vllm bench serve --dataset-name custom` reads them."""
@@ -122,15 +152,25 @@ class Prompts:
         path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in self.texts))
 
 
-def make_prompts(workload: Workload, tokenizer: Any, seed: str, data_dir: Path | None = None) -> Prompts:
+def make_prompts(
+    workload: Workload, tokenizer: Any, seed: str, data_dir: Path | None = None, room: int | None = None
+) -> Prompts:
     """The requests of a workload; the same seed gives the same ones.
+
+    Args:
+        room: tokens that prompt and answer may have together; a benchmark's longer prompts are left out.
 
     Raises:
         WorkloadError: the rows it needs are not there.
+        DataError: a row cannot be used.
     """
     maker = _Maker(tokenizer, random.Random(f"{seed} {workload.name}"))
-    if workload.kind == "gsm8k":
-        texts = [wrap_prompt(question, "synth,cot") for question in _questions(data_dir, workload.groups)]
+    if workload.given:
+        if data_dir is None:
+            raise WorkloadError(f"{workload.name}: needs --data-dir, a folder with {workload.kind}_test.jsonl")
+        if reason := why_missing(workload.kind, data_dir):
+            raise WorkloadError(f"{workload.name}: {reason}")
+        texts = questions(workload.kind, data_dir, workload.groups)
     elif workload.kind == "vote":
         texts = [text for _ in range(workload.groups) for text in [maker.turn(workload.prompt)] * workload.each]
     elif workload.kind == "turns":
@@ -139,8 +179,13 @@ def make_prompts(workload: Workload, tokenizer: Any, seed: str, data_dir: Path |
         texts = list(_scored(workload, maker))
     else:
         texts = [maker.turn(workload.prompt) for _ in range(workload.groups)]
-    ids = [maker.encode(text) for text in texts]
-    return Prompts(tuple(texts), tuple(map(len, ids)), tuple(_fresh(ids)))
+    made = [(text, maker.encode(text)) for text in texts]
+    if workload.given and room is not None:
+        made = [(text, ids) for text, ids in made if len(ids) + workload.generated <= room]
+    kept, tokens = [text for text, _ in made], [ids for _, ids in made]
+    (start,), (end,) = maker.encode(IM_START), maker.encode(IM_END)
+    fresh = _fresh(tokens, Envelope(start, end))
+    return Prompts(tuple(kept), tuple(map(len, tokens)), tuple(fresh), len(texts) - len(kept))
 
 
 def _turns(workload: Workload, maker: "_Maker") -> Iterator[str]:
@@ -158,19 +203,6 @@ def _scored(workload: Workload, maker: "_Maker") -> Iterator[str]:
         context = maker.turn(workload.prompt)
         for _ in range(workload.each):
             yield context + maker.text(workload.output)
-
-
-def _questions(data_dir: Path | None, count: int) -> list[str]:
-    if data_dir is None:
-        raise WorkloadError(f"gsm8k: needs --data-dir, a folder with {GSM8K_FILE}")
-    path = data_dir / GSM8K_FILE
-    try:
-        rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
-        return [row["question"] for row in rows[:count]]
-    except OSError as error:
-        raise WorkloadError(f"data-dir: {path} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise WorkloadError(f"data-dir: {path} is not GSM8K's rows ({type(error).__name__}: {error})") from None
 
 
 class _Maker:
@@ -204,8 +236,8 @@ class _Maker:
         return text
 
 
-def _fresh(prompts: Sequence[Sequence[int]]) -> Iterator[int]:
-    """Tokens of each prompt behind the longest beginning that it shares with one before it."""
+def _fresh(prompts: Sequence[Sequence[int]], envelope: Envelope) -> Iterator[int]:
+    """Tokens of each prompt that no cache can have from those before it; a span's depend on the whole span."""
     seen: dict[Any, Any] = {}
     for ids in prompts:
         node, shared = seen, 0
@@ -214,5 +246,6 @@ def _fresh(prompts: Sequence[Sequence[int]]) -> Iterator[int]:
             shared += 1
         for token in ids[shared:]:
             node = node.setdefault(token, {})
+        shared = next((start for start, end in envelope_spans(ids, envelope) if start < shared < end), shared)
         # The last token is always computed: its output is the answer's first token.
         yield max(len(ids) - shared, 1)
