@@ -65,7 +65,7 @@ def test_gsm8k_prompts_are_the_rows(tmp_path: Path, tokenizer: Any) -> None:
     prompts = make_prompts(SMOKE["gsm8k"], tokenizer, "a", tmp_path)
     expected = "<|im_start|><|quad_end|><|object_ref_end|>How many?<|im_end|>"
     assert prompts.texts[0] == expected and len(prompts.texts) == 2
-    with pytest.raises(WorkloadError, match="gsm8k: needs --data-dir, a folder with gsm8k_test.jsonl"):
+    with pytest.raises(WorkloadError, match=r"gsm8k: needs --data-dir, a folder with gsm8k_test.jsonl"):
         make_prompts(SMOKE["gsm8k"], tokenizer, "a")
     with pytest.raises(WorkloadError, match=r"nowhere has no gsm8k_test.jsonl"):
         make_prompts(SMOKE["gsm8k"], tokenizer, "a", tmp_path / "nowhere")
@@ -88,9 +88,9 @@ def test_whole_benchmarks_are_an_evaluation_s_prompts(tmp_path: Path, tokenizer:
         (tmp_path / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / "math500_test.jsonl").write_text('{"problem": "Two?", "solution": "\\\\boxed{2}"}\n')
     made = make_prompts(SHORT["mmlu-all"], tokenizer, "a", tmp_path)
-    run = {"path": "", "split": "test", "data_dir": str(tmp_path), "pretrained": "hrm-text-nano"}
+    run: dict[str, Any] = {"path": "", "split": "test", "data_dir": str(tmp_path), "pretrained": "hrm-text-nano"}
     shots = {"anatomy": 5, "high_school_european_history": 3}
-    choice = {"condition": "direct", "context": 4096, "shots_split": "dev", **run}
+    choice: dict[str, Any] = {"condition": "direct", "context": 4096, "shots_split": "dev", **run}
     asked = [
         document["prompt"]
         for subject, count in shots.items()

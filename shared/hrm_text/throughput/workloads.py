@@ -179,11 +179,11 @@ def make_prompts(
         texts = list(_scored(workload, maker))
     else:
         texts = [maker.turn(workload.prompt) for _ in range(workload.groups)]
-    made = [(text, maker.encode(text)) for text in texts]
+    made = list(zip(texts, maker.encode(texts), strict=True))
     if workload.given and room is not None:
         made = [(text, ids) for text, ids in made if len(ids) + workload.generated <= room]
     kept, tokens = [text for text, _ in made], [ids for _, ids in made]
-    (start,), (end,) = maker.encode(IM_START), maker.encode(IM_END)
+    (start,), (end,) = maker.encode([IM_START, IM_END])
     fresh = _fresh(tokens, Envelope(start, end))
     return Prompts(tuple(kept), tuple(map(len, tokens)), tuple(fresh), len(texts) - len(kept))
 
@@ -210,29 +210,37 @@ class _Maker:
 
     def __init__(self, tokenizer: Any, rng: random.Random) -> None:
         self.tokenizer, self.rng = tokenizer, rng
+        self.envelope = self.count(wrap_prompt(""))
+        self.lengths = {word: self.count(f" {word}") for word in WORDS}
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of all texts at once, which takes a fraction of the time."""
         # Quietly: how long a prompt may be is checked by the model's own limit.
-        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=False, verbose=False)
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False, verbose=False).input_ids
         return ids
+
+    def count(self, text: str) -> int:
+        return len(self.encode([text])[0])
 
     def turn(self, tokens: int) -> str:
         """A user turn in its envelope, markers counted."""
-        return wrap_prompt(self.text(tokens - len(self.encode(wrap_prompt("")))))
+        return wrap_prompt(self.text(tokens - self.envelope))
 
     def text(self, tokens: int) -> str:
         """Words, then digits up to the exact length: a digit more is a token more, or none where digits merge."""
         words: list[str] = []
         length = 0
         while length < tokens - 4:
-            words.append(f" {self.rng.choice(WORDS)}")
-            length += len(self.encode(words[-1]))
+            word = self.rng.choice(WORDS)
+            words.append(f" {word}")
+            length += self.lengths[word]
         text = "".join(words)
-        while len(self.encode(text)) > tokens:
+        while (length := self.count(text)) > tokens:
             words.pop()
             text = "".join(words)
-        while len(self.encode(text)) < tokens:
+        while length < tokens:
             text += str(self.rng.randrange(10))
+            length = self.count(text)
         return text
 
 
