@@ -1,6 +1,6 @@
 """Decode steps on the fused kernels through vLLM's own path, on a CPU under Triton's interpreter.
 
-`tests/vllm/gpu_layout.py` says what stands in for a GPU. A decode step takes about 3 s, so answers are short.
+`tests/vllm/gpu_layout.py` says what stands in for a GPU. A decode step takes seconds, so answers are short.
 """
 
 import contextlib
@@ -22,15 +22,14 @@ from tests.vllm.test_prefix_cache import prompt
 pytestmark = [pytest.mark.cpu, pytest.mark.slow]
 
 FUSED = {"HRM_TEXT_KERNELS": "1", "TRITON_INTERPRET": "1"}
+PAGES: dict[str, Any] = {"block_size": 96, "gpu_layout": True, "env": FUSED}  # not a power of two
 P = prompt(120)
 
 
 @pytest.fixture(scope="module")
 def engine(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
     log = tmp_path_factory.mktemp("fused") / "log"
-    # Pages of 96 tokens: not a power of two. Five of six are free, and a request of 100 tokens takes two.
-    options: dict[str, Any] = {"block_size": 96, "num_gpu_blocks_override": 6, "max_num_batched_tokens": 100}
-    with Engine(model=tiny, env=FUSED, gpu_layout=True, log=log, max_num_seqs=20, **options) as running:
+    with Engine(model=tiny, log=log, max_num_seqs=20, max_num_batched_tokens=400, **PAGES) as running:
         running.call(count_events)
         running.call(count_fused_steps)
         yield running
@@ -65,37 +64,49 @@ def fused_batches(llm: Any) -> list[int]:
 
 
 def test_chunks_and_cache_hits(engine: Engine, reference: Any) -> None:
-    """A prompt in chunks beside a decode, decoded with it, and met again in the cache."""
-    engine.call(fused_batches)
-    long = Ask(P, (0, 40, 60, 90), 3, score=True)
-    assert worst_deviation(reference, engine, [Ask(P[:7], (), 8), long]) <= TOLERANCE
-    assert 2 in engine.call(fused_batches)
-    (again,) = engine.ask([Ask(P, (0, 40, 60, 90), 3)])
-    assert again[0].cached == 96
-    assert deviation(reference, Ask(P, (0, 40, 60, 90), 3), again) <= TOLERANCE
-    assert engine.call(fused_batches) == [1, 1]
-    assert engine.call(event_counts)["chunks"]
-
-
-def test_preemption(engine: Engine, reference: Any) -> None:
-    """Requests that grow out of their last page while no other is free."""
-    batch = [Ask(prompt(94, seed), (0, 30 + seed), 6) for seed in range(4)]
+    """A prompt in chunks beside others, decoded with them, and met again in the cache."""
+    chunked = Ask(P, (0, 40, 60, 90), 3)
+    batch = [Ask(prompt(110, seed), (0, 50 + seed), 4) for seed in range(3)] + [chunked]
     assert worst_deviation(reference, engine, batch) <= TOLERANCE
-    assert engine.call(event_counts)["preemptions"]
-    assert engine.call(fused_batches)
+    assert engine.call(event_counts)["chunks"]
+    assert engine.call(fused_batches) == [4, 4]
+    for again in engine.ask([chunked] * 3):
+        assert again[0].cached == 96
+        assert deviation(reference, chunked, again) <= TOLERANCE
+    assert engine.call(fused_batches) == [3, 3]
+
+
+@pytest.mark.parametrize("requests", [1, 17])
+def test_sizes(engine: Engine, reference: Any, requests: int) -> None:
+    """The kernels for few tokens, and those for more than they take."""
+    engine.call(fused_batches)
+    batch = [Ask(prompt(4 + seed % 3, seed), (0, 2), 2) for seed in range(requests)]
+    assert worst_deviation(reference, engine, batch) <= TOLERANCE
+    assert engine.call(fused_batches) == [requests]
+
+
+def test_preemption(tiny: str, reference: Any) -> None:
+    """Requests that grow out of their first page when only two more are free."""
+    with Engine(model=tiny, max_num_batched_tokens=400, num_gpu_blocks_override=7, **PAGES) as engine:
+        engine.call(count_events)
+        engine.call(count_fused_steps)
+        batch = [Ask(prompt(94, seed), (0, 30 + seed), 4) for seed in range(4)]
+        assert worst_deviation(reference, engine, batch) <= TOLERANCE
+        assert engine.call(event_counts)["preemptions"]
+        assert engine.call(fused_batches) == [4, 4, 3]
 
 
 def test_a_padded_batch(engine: Engine) -> None:
     """As a FULL graph runs it: rows behind the batch have no length, no slot, and positions of earlier steps."""
     plain, padded, cache_unchanged = engine.call(padded_step)
-    assert plain.shape == (2, 64) and padded.shape == (4, 64)
-    assert float((plain - padded[:2]).abs().max()) <= TOLERANCE  # other splits of the context
+    assert plain.shape == (3, 64) and padded.shape == (5, 64)
+    assert float((plain - padded[:3]).abs().max()) <= TOLERANCE  # other splits of the context
     assert bool(padded.isfinite().all())
     assert cache_unchanged
 
 
 def padded_step(llm: Any) -> tuple[torch.Tensor, torch.Tensor, bool]:
-    """Hidden states of a batch of two, alone and with two padding rows, and whether these left the cache alone."""
+    """Hidden states of a batch of three, alone and with two padding rows, and whether these left the cache alone."""
     from vllm.config import CUDAGraphMode
     from vllm.forward_context import set_forward_context
 
@@ -105,21 +116,21 @@ def padded_step(llm: Any) -> tuple[torch.Tensor, torch.Tensor, bool]:
     def step(rows: int) -> torch.Tensor:
         metadata = SimpleNamespace(
             prefix_lm_decode=True,
-            slot_mapping=torch.tensor([96 + 50, 2 * 96 + 10, -1, -1])[:rows],
-            block_table=torch.tensor([[1, 0], [2, 0], [0, 0], [0, 0]], dtype=torch.int32)[:rows],
-            seq_lens=torch.tensor([51, 11, 0, 0], dtype=torch.int32)[:rows],
+            slot_mapping=torch.tensor([96 + 50, 2 * 96 + 10, 3 * 96, -1, -1])[:rows],
+            block_table=torch.tensor([[1, 0], [2, 0], [3, 0], [0, 0], [0, 0]], dtype=torch.int32)[:rows],
+            seq_lens=torch.tensor([51, 11, 1, 0, 0], dtype=torch.int32)[:rows],
         )
         by_layer = dict.fromkeys((layer.layer_name for layer in layers.values()), metadata)
         with (
             torch.inference_mode(),
             set_forward_context(by_layer, runner.vllm_config, cudagraph_runtime_mode=CUDAGraphMode.FULL),
         ):
-            ids, positions = torch.tensor([20, 30, 40, 50]), torch.tensor([50, 10, 77, 200])
+            ids, positions = torch.tensor([20, 30, 40, 50, 60]), torch.tensor([50, 10, 0, 77, 200])
             return runner.model(ids[:rows], positions[:rows])
 
-    plain = step(2)
+    plain = step(3)
     caches = [layer.kv_cache.clone() for layer in layers.values()]
-    padded = step(4)
+    padded = step(5)
     pairs = zip(caches, layers.values(), strict=True)
     same = all(torch.allclose(old, layer.kv_cache, atol=TOLERANCE) for old, layer in pairs)
     return plain, padded, same
@@ -140,9 +151,9 @@ def taken(llm: Any) -> dict[str, bool]:
     def take(decode: bool, mode: CUDAGraphMode = CUDAGraphMode.NONE, microbatches: bool = False) -> bool:
         metadata = SimpleNamespace(
             prefix_lm_decode=decode,
-            slot_mapping=torch.tensor([-1]),
-            block_table=torch.tensor([[0]], dtype=torch.int32),
-            seq_lens=torch.tensor([1], dtype=torch.int32),
+            slot_mapping=torch.full((4,), -1),
+            block_table=torch.zeros(4, 1, dtype=torch.int32),
+            seq_lens=torch.ones(4, dtype=torch.int32),
         )
         by_layer: Any = dict.fromkeys(names, metadata)
         with (
@@ -151,7 +162,7 @@ def taken(llm: Any) -> dict[str, bool]:
                 [by_layer] if microbatches else by_layer, runner.vllm_config, cudagraph_runtime_mode=mode
             ),
         ):
-            return decoder.recur(torch.tensor([20]), torch.tensor([0])) is not None
+            return decoder.recur(torch.full((4,), 20), torch.zeros(4, dtype=torch.long)) is not None
 
     return {
         "decode": take(True),
@@ -208,13 +219,6 @@ def reasons(llm: Any) -> dict[str, str | None]:
                 stack.enter_context(each)
             found[name] = decode.why_not(config, layers, torch.float32)
     return found
-
-
-def test_many_requests(engine: Engine, reference: Any) -> None:
-    """A batch beyond the kernels for few tokens. It comes last: its pages are all the cache has."""
-    engine.call(fused_batches)
-    batch = [Ask(prompt(4 + seed % 3, seed), (), 2) for seed in range(17)]
-    assert worst_deviation(reference, engine, batch) <= TOLERANCE
 
 
 def test_a_backend_that_they_do_not_know(tiny: str, reference: Any, tmp_path: Path) -> None:
