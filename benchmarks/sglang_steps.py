@@ -22,7 +22,7 @@ import typer
 CONFIG = Path(__file__).parent / "hrm-text-1b"
 SHAPES = ((1, 128), (8, 128), (64, 512), (256, 256))  # batch, prompt tokens
 SHORT, LONG = 8, 72  # tokens a request
-TURNS, TURN_TOKENS, ANSWER_TOKENS = 5, 512, 64
+TURNS, TURN_TOKENS, ANSWER_TOKENS = 5, 512, 16
 ENGINES: dict[str, dict[str, Any]] = {
     "plugin": {"attention_backend": "fa3", "kernels": "1"},
     "in-tree": {"plugins": "none"},
@@ -69,7 +69,7 @@ def repeated_prompts(engine: Any) -> dict[str, Any]:
 
 
 def chats(engine: Any) -> list[dict[str, Any]]:
-    """Milliseconds until all of 32 chats have the first token of a turn: user turns of 512 tokens, answers of 64."""
+    """Milliseconds until all of 32 chats have the first token of a turn: user turns of 512 tokens, answers of 16."""
     histories: list[list[int]] = [[] for _ in range(32)]
     spans: list[int] = []
     turns = []

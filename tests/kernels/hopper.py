@@ -12,11 +12,12 @@ from triton.compiler import ASTSource
 from hrm_text.kernels.attention import _decode, splits_for, tile
 from hrm_text.kernels.linear import (
     MAX_TOKENS,
+    TILE_ROWS,
     _in_registers,
     _on_tensor_cores,
     register_columns,
     register_tile,
-    tensor_core_tile,
+    tensor_core_parts,
 )
 from hrm_text.kernels.swiglu import _scaled_swiglu
 
@@ -56,11 +57,11 @@ def main() -> None:
         (HIDDEN, WIDE, False, False, True),
     ):
         shape = {"K": width, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
-        block, warps = register_tile(width, swiglu)
+        block, warps = register_tile(width)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "TOKENS": 1, "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
-        block, columns, stages, warps = tensor_core_tile(rows, width)
-        few = {"TOKENS": MAX_TOKENS, "BLOCK": block, "BLOCK_K": columns, "STAGES": stages}
+        warps, columns = tensor_core_parts(width)
+        few = {"TOKENS": MAX_TOKENS, "BLOCK": TILE_ROWS, "PARTS": warps, "COLUMNS": columns, "PDL": True}
         print("on tensor cores", rows, width, compile_kernel(_on_tensor_cores, shape | few, warps))
     for tokens, ragged in ((1, True), (8, False), (64, True), (64, False)):
         splits = splits_for(tokens, HEADS)

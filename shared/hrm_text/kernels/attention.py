@@ -250,4 +250,8 @@ class DecodeAttention:
 
 def tile(splits: int) -> tuple[int, int, int]:
     """(tokens a program takes at a time, stages of its pipeline, warps)."""
-    return (64, 1, 4) if splits > 1 else (16, 3, 2)
+    if splits == MAX_SPLITS:  # few programs: each as short as can be
+        return 16, 1, 2
+    if splits == 1:
+        return 16, 3, 2
+    return (64 if splits > 2 else 32), 1, 4

@@ -9,8 +9,9 @@ import triton.language as tl
 
 from hrm_text.kernels.launch import dependent_launch, launch_options
 
-MAX_TOKENS = 16  # rows of one tensor-core tile
-MAX_REGISTER_TOKENS = 2  # a step of 2: 5.2 ms, 6.7 on tensor cores; of 4: 8.2 and 6.8 (H200, the 1B)
+MAX_TOKENS = 16  # columns of one tensor-core tile
+TILE_ROWS = 16  # of one tensor-core tile
+MAX_REGISTER_TOKENS = 1  # a step of 1: 3.1 ms, 3.6 on tensor cores; of 2: 4.2 and 3.8 (H200, the 1B)
 
 
 @triton.jit
@@ -95,42 +96,66 @@ def _on_tensor_cores(
     rows,
     eps,
     K: tl.constexpr,
+    PARTS: tl.constexpr,
+    COLUMNS: tl.constexpr,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    STAGES: tl.constexpr,
     NORM: tl.constexpr,
     SWIGLU: tl.constexpr,
     RESIDUAL: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """`BLOCK` rows of W against up to `TOKENS` tokens, on tensor cores.
+    """`BLOCK` rows of W, which wait in registers like those of `_in_registers`, against all tokens at once.
 
-    No dependent launch: started early, it takes shared memory from the kernel that runs (NOTES.md).
+    K is split into `PARTS`, one a warp: a batch of products, for a tile this small has work for one warp only.
     """
-    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    local = tl.arange(0, BLOCK)
+    w_row = tl.program_id(0) * BLOCK + local
+    if SWIGLU:  # half of the tile are rows of gate, half the same ones of up
+        w_row = tl.program_id(0) * (BLOCK // 2) + local % (BLOCK // 2) + local // (BLOCK // 2) * rows
+    part = tl.arange(0, PARTS) * (K // PARTS)
+    column = tl.arange(0, COLUMNS)
+    start = w_ptr + w_row.to(tl.int64)[None, :, None] * K + part[:, None, None] + column[None, None, :]
+    w = ()
+    for k in tl.static_range(K // PARTS // COLUMNS):
+        w += (tl.load(start + k * COLUMNS),)  # type: ignore[assignment]
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     token = tl.arange(0, TOKENS)
-    start = row.to(tl.int64) * K
-    product = tl.zeros((TOKENS, BLOCK), tl.float32)
-    up = tl.zeros((TOKENS, BLOCK), tl.float32)
-    square_sum = tl.zeros((TOKENS,), tl.float32)
-    inside = token[:, None] < tokens
-    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        column = k + tl.arange(0, BLOCK_K)
-        w = tl.load(w_ptr + start[None, :] + column[:, None])
-        x = tl.load(x_ptr + token[:, None] * K + column[None, :], mask=inside, other=0.0)
-        product = tl.dot(x, w, product, input_precision="ieee")
-        if SWIGLU:
-            u = tl.load(w_ptr + rows * K + start[None, :] + column[:, None])
-            up = tl.dot(x, u, up, input_precision="ieee")
+    x_start = x_ptr + (token * K)[None, :, None] + part[:, None, None] + column[None, None, :]
+    inside = (token < tokens)[None, :, None]
+    # All of x is asked for before the first product, since what crosses warps waits for all of them; but with squares
+    # to sum, the registers that it takes cost more (NOTES.md).
+    early = ()
+    if not NORM:
+        for k in tl.static_range(K // PARTS // COLUMNS):
+            early += (tl.load(x_start + k * COLUMNS, mask=inside, other=0.0),)  # type: ignore[assignment]
+    products = tl.zeros((PARTS, BLOCK, TOKENS), tl.float32)
+    squares = tl.zeros((PARTS, TOKENS), tl.float32)
+    for k in tl.static_range(K // PARTS // COLUMNS):
         if NORM:
+            x = tl.load(x_start + k * COLUMNS, mask=inside, other=0.0)
             wide = x.to(tl.float32)
-            square_sum += tl.sum(wide * wide, 1)
-    offsets = token[:, None] * rows + row[None, :]
-    residual = tl.zeros((TOKENS, BLOCK), tl.float32)
+            squares += tl.sum(wide * wide, 2)
+        else:
+            x = early[k]
+        products = tl.dot(w[k], tl.permute(x, (0, 2, 1)), products, input_precision="ieee")
+    product = tl.sum(products, 0)
+    square_sum = tl.sum(squares, 0)[None, :]
+    up = product
+    row = tl.program_id(0) * BLOCK + local
+    if SWIGLU:
+        row = tl.program_id(0) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
+        product, up = tl.split(tl.permute(tl.reshape(product, (2, BLOCK // 2, TOKENS)), (1, 2, 0)))
+    offsets = token[None, :] * rows + row[:, None]
+    write = (token < tokens)[None, :]
+    residual = tl.zeros(offsets.shape, tl.float32)
     if RESIDUAL:
-        residual = tl.load(residual_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-    product = _finish(product, up, square_sum[:, None], residual, K, eps, NORM, SWIGLU)
-    tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=inside)
+        residual = tl.load(residual_ptr + offsets, mask=write, other=0.0).to(tl.float32)
+    product = _finish(product, up, square_sum, residual, K, eps, NORM, SWIGLU)
+    tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=write)
 
 
 def small_linear(
@@ -164,24 +189,25 @@ def small_linear(
     }
     eps = norm_eps or 0.0
     if tokens <= MAX_REGISTER_TOKENS:
-        block, warps = register_tile(width, swiglu)
+        block, warps = register_tile(width)
         _in_registers[(triton.cdiv(rows, block),)](
             x, weight, residual, out, tokens, rows, eps, width,
             TOKENS=triton.next_power_of_2(tokens), BLOCK=block, COLUMNS=register_columns(width),
             PDL=dependent_launch(x.device), num_warps=warps, **launch_options(x.device), **flags,
         )  # fmt: skip
     else:
-        block, block_k, stages, warps = tensor_core_tile(rows, width)
-        _on_tensor_cores[(rows // block,)](
-            x, weight, residual, out, tokens, rows, eps, width, TOKENS=MAX_TOKENS, BLOCK=block,
-            BLOCK_K=block_k, STAGES=stages, num_warps=warps, **flags,
+        warps, columns = tensor_core_parts(width)
+        _on_tensor_cores[(weight.shape[0] // TILE_ROWS,)](
+            x, weight, residual, out, tokens, rows, eps, width, PARTS=warps, COLUMNS=columns,
+            TOKENS=8 if tokens <= 8 else MAX_TOKENS, BLOCK=TILE_ROWS, PDL=dependent_launch(x.device),
+            num_warps=warps, **launch_options(x.device), **flags,
         )  # fmt: skip
     return out
 
 
-def register_tile(width: int, swiglu: bool) -> tuple[int, int]:
-    """(rows of a program, warps): a row, or a pair of gate and up, to a warp."""
-    return 4, 4
+def register_tile(width: int) -> tuple[int, int]:
+    """(rows of a program, or pairs of gate and up; warps): some 24 KiB of weights in a warp's registers."""
+    return (8, 4) if width <= 2048 else (4, 4)
 
 
 def register_columns(width: int) -> int:
@@ -189,11 +215,15 @@ def register_columns(width: int) -> int:
     return min(256, width & -width)
 
 
-def tensor_core_tile(rows: int, width: int) -> tuple[int, int, int, int]:
-    """(rows of a program, columns a stage, stages, warps)."""
-    return 16 if rows % 32 else 32, min(256 if width > 2048 else 128, width & -width), 4, 4
+def tensor_core_parts(width: int) -> tuple[int, int]:
+    """(warps, columns that each takes at a time): so many warps that 16 rows of W leave registers for the rest."""
+    warps = 4 if width <= 2048 else 8 if width <= 4096 else 16
+    while width % (16 * warps):
+        warps //= 2
+    columns = width // warps
+    return warps, min(128, columns & -columns)
 
 
 def fits(rows: int, width: int) -> bool:
     """Whether `small_linear` takes a weight of this shape: its tiles have no ragged edge."""
-    return rows % 32 == 0 and width & -width >= 16
+    return rows % (2 * TILE_ROWS) == 0 and width % 16 == 0
