@@ -34,6 +34,13 @@ class SlotAttention(nn.Module):
         return self.attn(q, k, v, context)
 
 
+def in_any_dtype(op: Any) -> nn.Module:
+    """`op`, in PyTorch where the model is float32: SGLang's CUDA kernels of these ops know half precision only."""
+    if torch.get_default_dtype() == torch.float32:
+        op._forward_method = op.forward_native
+    return op
+
+
 class SglangLayers:
     """`hrm_text.model.EngineLayers` for SGLang; the context of a forward pass is its ForwardBatch."""
 
@@ -51,19 +58,20 @@ class SglangLayers:
         return VocabParallelEmbedding(vocab_size, hidden_size, quant_config=self.quant, prefix=prefix)
 
     def rms_norm(self, hidden_size: int, eps: float) -> nn.Module:
-        return RMSNorm(hidden_size, eps=eps, has_weight=False)
+        return in_any_dtype(RMSNorm(hidden_size, eps=eps, has_weight=False))
 
     def rope(self, shape: HrmTextShape) -> nn.Module:
-        return get_rope(
+        rope = get_rope(
             head_size=shape.head_dim,
             rotary_dim=shape.head_dim,
             max_position=shape.max_positions,
             base=shape.rope_theta,
             is_neox_style=True,
         )
+        return in_any_dtype(rope)
 
     def swiglu(self) -> nn.Module:
-        return SiluAndMul()
+        return in_any_dtype(SiluAndMul())
 
     def attention(self, num_heads: int, head_dim: int, slot: int, prefix: str) -> nn.Module:
         return SlotAttention(num_heads, head_dim, slot, self.quant, prefix)
