@@ -5,7 +5,8 @@
 
 import contextlib
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ pytest.importorskip("sglang")
 
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
+from tests.engines_together import log_of, together
 from tests.sglang.engine import FUSED_LOG, Engine, deviation, prompt, retractions
 from tests.sglang.test_prefix_cache import CASES, P, flush
 from tests.vllm.engine import Ask
@@ -73,28 +75,14 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(checkpoint: str, logs: Path) -> Iterator[dict[str, Engine]]:
-    """All engines: one that compiles what the others find compiled, then those together."""
+def engines(checkpoint: str, logs: Path) -> Iterator[Mapping[str, Engine]]:
     options = OURS | OTHERS
-    ports = dict(zip(options, free_ports(len(options)), strict=True))
-    started: dict[str, Engine] = {}
-
-    def start(names: list[str]) -> None:
-        for name in names:
-            gpu = GPU | options[name]
-            started[name] = Engine(model_path=checkpoint, log=logs / name, nccl_port=ports[name], **gpu)
-            stack.push(started[name])
-        for name in names:
-            try:
-                started[name].__enter__()
-            except RuntimeError as error:
-                error.add_note(f"{name}: " + (logs / name).read_text()[-3000:])
-                raise
-
-    with contextlib.ExitStack() as stack:
-        first, *rest = options
-        start([first])
-        start(rest)
+    ports = free_ports(len(options))
+    makers = {
+        name: partial(Engine, model_path=checkpoint, nccl_port=port, **(GPU | options[name]))
+        for name, port in zip(options, ports, strict=True)
+    }
+    with together(makers, logs, True) as started:
         yield started
 
 
@@ -108,12 +96,12 @@ def free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def yardsticks(engines: dict[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
+def yardsticks(engines: Mapping[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
     return {"float32": YARDSTICK_FLOAT32} | measure(engines, gpu_reference)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
+def test_mixes(name: str, engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
     emitted, worst = serve_mixes(engines[name], gpu_reference, deviation, 96)
     mean = sum(emitted) / len(emitted)
     retracted = engines[name].call(retractions)
@@ -125,7 +113,7 @@ def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardst
 
 @pytest.mark.parametrize("name", [name for name in OURS if "retraction" not in name])
 def test_cache_hits(
-    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    name: str, engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     worst, hits = 0.0, 0
     for first, second, cached in CASES.values():
@@ -141,7 +129,7 @@ def test_cache_hits(
 
 
 def test_next_turn_reuses_generated_tokens(
-    engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     engine = engines["triton float32"]
     (answers,) = engine.ask([Ask(P[:50], (0, 50), max_tokens=60)])
@@ -153,7 +141,7 @@ def test_next_turn_reuses_generated_tokens(
 
 @pytest.mark.parametrize("name", [name for name in OURS if "retraction" not in name])
 def test_a_large_batch(
-    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    name: str, engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     """Twenty requests in a graph of 24."""
     batch = [Ask(prompt(20 + 3 * seed, seed), (0, 15 + seed), 12) for seed in range(20)]
@@ -165,12 +153,12 @@ def test_a_large_batch(
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_the_fused_kernels_run_where_they_should(name: str, engines: dict[str, Engine], logs: Path) -> None:
+def test_the_fused_kernels_run_where_they_should(name: str, engines: Mapping[str, Engine], logs: Path) -> None:
     engines[name].ask([Ask(P[:9], (), 4)])
-    assert (FUSED_LOG in (logs / name).read_text()) == ("fused" in name)
+    assert (FUSED_LOG in log_of(logs, name)) == ("fused" in name)
 
 
-def test_decode_graphs_are_captured(engines: dict[str, Engine]) -> None:
+def test_decode_graphs_are_captured(engines: Mapping[str, Engine]) -> None:
     for name in OURS:
         assert engines[name].call(decode_graphs) == ("full", [1, 2, 4, 8, 24]), name
     assert engines["in-tree bf16"].call(decode_graphs)[0] == "disabled"
@@ -183,7 +171,7 @@ def decode_graphs(engine: Any) -> tuple[str, list[int]]:
 
 
 def test_a_wrong_mask_would_show(
-    engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     """Negative control: the same prompt served causally is far from the oracle of one span."""
     (answers,) = engines["triton float32"].ask([Ask(P, (), 8)])

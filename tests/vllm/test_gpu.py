@@ -3,8 +3,8 @@
 `tests/yardstick.py` says what each dtype is compared with; FlashAttention has no float32 at all.
 """
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
+from tests.engines_together import log_of, together
 from tests.vllm.engine import FUSED_LOG, Ask, Engine
 from tests.vllm.mixes import deviation, true_spans
 from tests.vllm.test_prefix_cache import CASES, P, prompt, reset_cache
@@ -80,22 +81,19 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def engines(checkpoint: str, logs: Path) -> Iterator[dict[str, Engine]]:
-    """All engines, started together: most of a start is one core's work."""
-    started = {
-        name: Engine(model=checkpoint, log=logs / name, **(GPU | options)) for name, options in (OURS | OTHERS).items()
-    }
-    with contextlib.ExitStack() as stack:
-        yield {name: stack.enter_context(engine) for name, engine in started.items()}
+def engines(checkpoint: str, logs: Path) -> Iterator[Mapping[str, Engine]]:
+    makers = {name: partial(Engine, model=checkpoint, **(GPU | options)) for name, options in (OURS | OTHERS).items()}
+    with together(makers, logs) as started:
+        yield started
 
 
 @pytest.fixture(scope="module")
-def yardsticks(engines: dict[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
+def yardsticks(engines: Mapping[str, Engine], gpu_reference: Any) -> dict[str, Yardstick]:
     return measure(engines, gpu_reference)
 
 
 @pytest.mark.parametrize("name", OURS)
-def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
+def test_mixes(name: str, engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]) -> None:
     emitted, worst = serve_mixes(engines[name], gpu_reference, deviation, BUDGET)
     mean = sum(emitted) / len(emitted)
     print(f"\n{name}: {len(emitted)} tokens, mean {mean:.2e}, worst {worst:.2e}")
@@ -106,7 +104,7 @@ def test_mixes(name: str, engines: dict[str, Engine], gpu_reference: Any, yardst
 
 @pytest.mark.parametrize("name", [name for name in OURS if "drafts" not in name])
 def test_cache_hits(
-    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    name: str, engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     worst, hits = 0.0, 0
     for first, second, cached in CASES.values():
@@ -123,14 +121,14 @@ def test_cache_hits(
     assert worst <= 2 * of_engine(name, yardsticks).largest
 
 
-def test_decode_replays_full_graphs(engines: dict[str, Engine]) -> None:
+def test_decode_replays_full_graphs(engines: Mapping[str, Engine]) -> None:
     for name in OURS:
         assert engines[name].call(graph_mode) == "FULL_AND_PIECEWISE", name
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "fused" in name and "preemption" not in name])
 def test_batches_in_padded_graphs(
-    name: str, engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    name: str, engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     emitted = []
     for count in (1, 2, 7, 8, 16, 20):
@@ -142,11 +140,11 @@ def test_batches_in_padded_graphs(
     assert measured.largest <= 2 * yardstick.largest
 
 
-def test_the_fused_kernels_run_where_they_should(engines: dict[str, Engine], logs: Path) -> None:
+def test_the_fused_kernels_run_where_they_should(engines: Mapping[str, Engine], logs: Path) -> None:
     """From the capture of the first FULL graph on; drafts need other graphs, and say so."""
     for name in OURS:
         engines[name].ask([Ask(P[:9], (), 4)])
-        log = (logs / name).read_text()
+        log = log_of(logs, name)
         assert (FUSED_LOG in log) == ("fused" in name), name
         assert ("not on the fused kernels: speculative decoding" in log) == (name == "flash bf16 drafts")
 
@@ -156,7 +154,7 @@ def graph_mode(llm: Any) -> str:
 
 
 def test_a_wrong_mask_would_show(
-    engines: dict[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
+    engines: Mapping[str, Engine], gpu_reference: Any, yardsticks: dict[str, Yardstick]
 ) -> None:
     """Negative control: the same weights with spans ignored are far outside the yardstick."""
     ask = Ask(P, (0, 160), 8)
