@@ -107,8 +107,8 @@ def _measure(name: str, pipe: Any) -> None:
         **options,
     )
     pipe.send(("startup_s", time.perf_counter() - began))
-    for batch, _ in SHAPES:
-        serve(engine, [tokens(64) for _ in range(batch)], SHORT)  # kernels that compile on their first use
+    for batch, context in SHAPES:
+        serve(engine, [tokens(context) for _ in range(batch)], SHORT)  # kernels that compile on their first use
     for shape in SHAPES:
         pipe.send((shape, steps(engine, shape)))
     repeated_prompts(engine)
