@@ -1,4 +1,4 @@
-"""The model names that users type, and where they lead."""
+"""The names that users type, of models and of what they set in the environment, and where they lead."""
 
 import os
 from importlib import resources
@@ -8,6 +8,7 @@ NANO = "hrm-text-nano"
 HRM_TEXT_1B = "hrm-text-1b"
 HUB_ID_1B = "sapientinc/HRM-Text-1B"
 PATH_VARIABLE_1B = "HRM_TEXT_1B_PATH"
+KERNELS_OPTION = "HRM_TEXT_KERNELS"  # environment variable; 1 switches the fused kernels on
 
 
 def resolve_model(name: str) -> str:

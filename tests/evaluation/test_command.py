@@ -40,7 +40,7 @@ def test_tasks_are_found() -> None:
         (["--server", "http://127.0.0.1:9", "--data-dir", "{rows}", "--tasks", "gsm8k"], "gsm8k_test.jsonl:1: field"),
         (["--server", "http://127.0.0.1:9", "--data-dir", "{rows}", "--tasks", "math"], "has no math_test.jsonl"),
         (["--out", "{rows}/file", "--server", "http://127.0.0.1:9"], "file cannot be written"),
-        (["--out", "{rows}/other", "--server", "http://x"], "holds answers of a run with model 'another'"),
+        (["--out", "{rows}/other", "--server", "http://x"], "holds results of a run with model 'another'"),
     ],
 )
 def test_bad_input_is_one_line_and_status_1(arguments: list[str], message: str, tmp_path: Path) -> None:

@@ -13,12 +13,13 @@ from transformers import AutoTokenizer
 from hrm_text.config import read_config
 from hrm_text.evaluation.rows import DataError
 from hrm_text.names import nano_path
+from hrm_text.output_folder import claim
 from hrm_text.throughput.dummy import dummy_model
 from hrm_text.throughput.engines import BenchError, find_machine, gpu_memory_mib, kv_tokens
 from hrm_text.throughput.floor import Costs, Rates
 from hrm_text.throughput.load import METRICS, Worker, read_metrics
 from hrm_text.throughput.report import Report
-from hrm_text.throughput.results import Record, Store, claim
+from hrm_text.throughput.results import Record, Store
 from hrm_text.throughput.static import summary
 from hrm_text.throughput.tasks import make_task
 from hrm_text.throughput.workloads import SIZES, Workload, WorkloadError, make_prompts
@@ -186,10 +187,17 @@ def test_records_outlive_the_process(tmp_path: Path) -> None:
 
 
 def test_a_folder_holds_one_run(tmp_path: Path) -> None:
-    claim(tmp_path, {"model": "a", "size": "smoke"})
-    claim(tmp_path, {"model": "a", "size": "smoke"})
+    claim(tmp_path, {"model": "a", "size": "smoke"}, BenchError)
+    claim(tmp_path, {"model": "a", "size": "smoke"}, BenchError)
     with pytest.raises(BenchError, match="holds results of a run with size 'smoke', not 'full'"):
-        claim(tmp_path, {"model": "a", "size": "full"})
+        claim(tmp_path, {"model": "a", "size": "full"}, BenchError)
+
+
+def test_a_run_on_the_fused_kernels_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    claim(tmp_path, {"model": "a"}, BenchError)
+    monkeypatch.setenv("HRM_TEXT_KERNELS", "1")
+    with pytest.raises(BenchError, match="holds results of a run with kernels '0', not '1'"):
+        claim(tmp_path, {"model": "a"}, BenchError)
 
 
 def test_report_shows_each_time_beside_its_floor(tmp_path: Path, tokenizer: Any) -> None:

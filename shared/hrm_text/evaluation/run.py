@@ -1,6 +1,5 @@
 """`hrm-text eval`: a server, lm-eval over it, and a report that grows task by task."""
 
-import json
 import logging
 import sys
 import time
@@ -14,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from hrm_text.evaluation.report import BENCHMARKS, Result, result_of, table, write
 from hrm_text.evaluation.server import COMMANDS, EvalError, Server
 from hrm_text.names import resolve_model
+from hrm_text.output_folder import claim
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def evaluate(request: Request, console: Console) -> list[Result]:
     """
     request.check()
     run = {"model": request.model, "engine": request.engine, "server": request.server, "options": request.options}
-    _claim(request.out, run)
+    claim(request.out, run | {"server": bool(request.server)}, EvalError)
     tasks = _load(request)
     results: list[Result] = []
     with Server(request.engine, request.model, request.out / "server.log", request.server, request.options) as server:
@@ -82,23 +82,6 @@ def evaluate(request: Request, console: Console) -> list[Result]:
     console.print(table(results))
     console.print(f"{request.out}/results.json, results.png and the answers", highlight=False)
     return results
-
-
-def _claim(out: Path, run: dict[str, Any]) -> None:
-    """One folder holds answers of one model by one engine."""
-    path = out / "run.json"
-    mine = json.loads(json.dumps(run | {"server": bool(run["server"])}))
-    if path.exists() and (theirs := json.loads(path.read_text())) != mine:
-        changed = next(key for key in mine if mine[key] != theirs.get(key))
-        raise EvalError(
-            f"out: {out} holds answers of a run with {changed} {theirs.get(changed)!r}, not {mine[changed]!r}; "
-            "choose another folder"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(mine, indent=2) + "\n")
-    except OSError as error:
-        raise EvalError(f"out: {out} cannot be written ({error.strerror})") from None
 
 
 def _load(request: Request) -> dict[str, Any]:

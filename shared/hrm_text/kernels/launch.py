@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-OPTION = "HRM_TEXT_KERNELS"  # 1 switches the fused kernels on
+from hrm_text.names import KERNELS_OPTION
 
 
 def why_off() -> str | None:
@@ -20,10 +20,10 @@ def why_off() -> str | None:
     Raises:
         ValueError: the option has a value that is neither 0 nor 1.
     """
-    wanted = os.environ.get(OPTION, "0")
+    wanted = os.environ.get(KERNELS_OPTION, "0")
     if wanted not in ("0", "1"):
-        raise ValueError(f"{OPTION}={wanted!r}: must be 0 or 1, or unset")
-    return None if wanted == "1" else f"{OPTION}={wanted}"
+        raise ValueError(f"{KERNELS_OPTION}={wanted!r}: must be 0 or 1, or unset")
+    return None if wanted == "1" else f"{KERNELS_OPTION}={wanted}"
 
 
 @functools.cache

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from hrm_text import __version__
+from hrm_text.output_folder import write_json
 from hrm_text.throughput.floor import Costs, Floor
 from hrm_text.throughput.load import METRICS
-from hrm_text.throughput.results import Store, Value, spread, write_json
+from hrm_text.throughput.results import Store, Value, spread
 from hrm_text.throughput.workloads import Prompts, Workload
 
 # Columns of the table of workloads: heading, metric, digits.

@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from hrm_text.throughput.engines import BenchError
+from hrm_text.output_folder import write_json
 
 
 @dataclass(frozen=True)
@@ -71,30 +70,3 @@ class Store:
 def spread(values: Sequence[float]) -> Value | None:
     """Median and range."""
     return Value(median(values), min(values), max(values)) if values else None
-
-
-def claim(out: Path, run: Mapping[str, Any]) -> None:
-    """One folder holds the results of one model at one size.
-
-    Raises:
-        BenchError: it holds another run's, or cannot be written.
-    """
-    path = out / "run.json"
-    if path.exists() and (theirs := json.loads(path.read_text())) != run:
-        changed = next(key for key in run if run[key] != theirs.get(key))
-        raise BenchError(
-            f"out: {out} holds results of a run with {changed} {theirs.get(changed)!r}, not {run[changed]!r}; "
-            "choose another folder"
-        )
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(path, run)
-    except OSError as error:
-        raise BenchError(f"out: {out} cannot be written ({error.strerror})") from None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A file that is there whole or not at all."""
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    part.replace(path)

@@ -17,6 +17,7 @@ from rich.console import Console
 
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.names import resolve_model
+from hrm_text.output_folder import claim, write_json
 from hrm_text.throughput.dummy import dummy_model
 from hrm_text.throughput.engines import (
     ENGINES,
@@ -30,7 +31,7 @@ from hrm_text.throughput.engines import (
 from hrm_text.throughput.floor import Costs, Rates
 from hrm_text.throughput.load import Load, Worker, put_on_server, put_on_transformers
 from hrm_text.throughput.report import Report
-from hrm_text.throughput.results import Record, Store, claim, write_json
+from hrm_text.throughput.results import Record, Store
 from hrm_text.throughput.tasks import WARM_TOKENS, Task, make_task
 from hrm_text.throughput.workloads import SIZES, WorkloadError
 
@@ -84,7 +85,7 @@ class Bench:
             self.shape, self.tokenizer = _read_model(self.model)
         except (OSError, ValueError) as error:
             raise BenchError(f"model: {(str(error).splitlines() or [''])[0]}") from None
-        claim(request.out, {"model": request.model, "size": request.size, "dummy": request.dummy})
+        claim(request.out, {"model": request.model, "size": request.size, "dummy": request.dummy}, BenchError)
         self.store = Store(request.out)
         self.tasks = self._tasks()
         self._driver: Worker | None = None
