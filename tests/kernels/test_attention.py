@@ -155,3 +155,29 @@ def test_graph_padding_reads_nothing() -> None:
     assert got.isfinite().all()
     changed = (case.k_cache != before).flatten(2).any(-1).nonzero().tolist()
     assert changed == [[0, 0], [case.pages[0][0], 4]]
+
+
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, 40) | st.integers(1, 600), min_size=1, max_size=20),
+    page_size=st.sampled_from([1, 16, 32]),
+    ragged=st.booleans(),
+    normed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_nothing_but_earlier_tokens_is_read(
+    lengths: list[int], page_size: int, ragged: bool, normed: bool, seed: int
+) -> None:
+    """Every line of the cache that belongs to no earlier token is NaN, those of the new tokens included."""
+    case = Case(lengths, 1 if ragged else page_size, ragged, normed, seed)
+    expected, _, _ = case.expected()
+    earlier = [
+        page * case.page_size + line
+        for pages, length in zip(case.pages, lengths, strict=True)
+        for page, line in ((pages[at // case.page_size], at % case.page_size) for at in range(length - 1))
+    ]
+    for cache in (case.k_cache, case.v_cache):
+        lines, kept = cache.view(-1, HEADS, DIM), cache.view(-1, HEADS, DIM)[earlier]
+        lines[:] = float("nan")
+        lines[earlier] = kept
+    assert error(attend(case), expected) <= TOLERANCE
