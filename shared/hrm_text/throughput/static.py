@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+import numpy
 import torch
 
 from hrm_text.throughput.drive import serve
@@ -111,19 +112,8 @@ def summary(times: Sequence[Sequence[float]], prompt_tokens: int, seconds: float
     for name, values in measured.items():
         result[f"mean_{name}_ms"] = mean(values) if values else 0.0
         result[f"median_{name}_ms"] = median(values) if values else 0.0
-        result[f"p99_{name}_ms"] = _percentile(values, 0.99)
+        result[f"p99_{name}_ms"] = float(numpy.percentile(values, 99)) if values else 0.0
     return result
-
-
-def _percentile(values: Sequence[float], share: float) -> float:
-    """Between neighbours, linearly, as numpy's default."""
-    if not values:
-        return 0.0
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
 
 
 def main() -> None:
