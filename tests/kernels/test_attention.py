@@ -1,10 +1,13 @@
 """Decode attention against float64: pages of any size, splits, the KV write, padding rows."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from hrm_text.kernels import attention_many
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch, splits_for
 from tests.kernels.conftest import DEVICE
 from tests.kernels.test_linear import EPS, TOLERANCE, draw, error
@@ -105,7 +108,7 @@ def test_equals_float64(lengths: list[int], ragged: bool, page_size: int, normed
         assert torch.equal(cache, before), "something else was written"
 
 
-@pytest.mark.parametrize("lengths", [[1500], [700] * 16, [1500, 1, 40]])
+@pytest.mark.parametrize("lengths", [[1500], [700] * 16, [1500, 1, 40], [1500, 700] + [1, 40] * 8])
 def test_a_split_takes_many_blocks(lengths: list[int]) -> None:
     case = Case(lengths, 16, False, False, 0)
     expected, _, _ = case.expected()
@@ -181,3 +184,70 @@ def test_nothing_but_earlier_tokens_is_read(
         lines[:] = float("nan")
         lines[earlier] = kept
     assert error(attend(case), expected) <= TOLERANCE
+
+
+@settings(max_examples=4, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(
+    lengths=st.lists(st.integers(1, 40) | st.integers(1, 600), min_size=17, max_size=20),
+    page_size=st.sampled_from([1, 16, 32]),
+    ragged=st.booleans(),
+    normed=st.booleans(),
+    seed=st.integers(0, 1000),
+)
+def test_many_requests_read_their_own_tokens_only(
+    lengths: list[int], page_size: int, ragged: bool, normed: bool, seed: int
+) -> None:
+    """Everything in the cache that belongs to no earlier token is NaN; contexts are split into many pieces."""
+    case = Case(lengths, 1 if ragged else page_size, ragged, normed, seed)
+    expected, _, _ = case.expected()
+    for cache in (case.k_cache, case.v_cache):
+        lines = torch.full_like(cache, float("nan")).flatten(0, 1)
+        for pages, length in zip(case.pages, lengths, strict=True):
+            at = torch.arange(length - 1)
+            own = torch.tensor(pages)[at // case.page_size] * case.page_size + at % case.page_size
+            lines[own.to(DEVICE)] = cache.flatten(0, 1)[own.to(DEVICE)]
+        cache.copy_(lines.view(cache.shape))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attention_many, "PIECE_TOKENS", 32)
+        attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
+        for _ in range(2):
+            assert error(attend(case, attention), expected) <= TOLERANCE
+    assert not attention.many.arrivals.any()
+
+
+def test_splits_leave_results_as_they_are_in_another_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A context is split by its length: not by what stands beside it, while there are programs for all pieces."""
+    monkeypatch.setattr(attention_many, "PIECE_TOKENS", 32)
+    lengths = [200, 150, 3] + [20] * 15
+    case = Case(lengths, 1, False, False, 0)
+    whole = attend(case)
+    order = list(reversed(range(len(lengths))))
+    batch = case.batch
+    assert batch.lengths is not None
+    case.batch = replace(
+        batch,
+        positions=batch.positions[order],
+        write_slots=batch.write_slots[order],
+        table=batch.table[order],
+        lengths=batch.lengths[order],
+    )
+    case.gqkv = case.gqkv[order]
+    assert torch.equal(attend(case)[order], whole)
+
+
+def test_what_half_precision_cuts_off_is_kept() -> None:
+    """Query and weights count in float32, though the tensor cores take the cache's type (float16: the interpreter
+    multiplies no bfloat16).
+    """
+    case = Case([40] * 17, 16, False, False, 0)
+    case.k_cache, case.v_cache = case.k_cache.half(), case.v_cache.half()
+    case.gqkv = 4 * case.gqkv.float()
+    got = attend(case)  # first: it writes the new token, which it attends to as the cache holds it
+    gate, q, _, _ = case.gqkv.double().view(-1, 4, HEADS, DIM).unbind(1)
+    q = rope(q, case.angles)
+    rows = []
+    for row, pages in enumerate(case.pages):
+        keys, values = (cache[pages].double().flatten(0, 1)[:40] for cache in (case.k_cache, case.v_cache))
+        weights = torch.einsum("hd,thd->ht", q[row] * DIM**-0.5, keys).softmax(-1)
+        rows.append(torch.einsum("ht,thd->hd", weights, values))
+    assert error(got, (torch.stack(rows) * gate.sigmoid()).flatten(1)) <= 2e-5

@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hrm_text.kernels.attention_many import ManyRequests, _rotated
 from hrm_text.kernels.launch import dependent_launch, launch_options
 
 MAX_SPLITS = 16
@@ -59,14 +60,6 @@ def _attend(q, k, v, inside, peak, total, mixed):
     keep = tl.exp2(peak - safe)
     weight = tl.exp2(score - safe)
     return new_peak, total * keep + weight, mixed * keep[:, None] + weight[:, None] * v.to(tl.float32)
-
-
-@triton.jit
-def _rotated(head_ptr, full, cos, sign_sin, HALF: tl.constexpr, DIM: tl.constexpr):
-    """A head's query or key after RoPE (neox), float32."""
-    own = tl.load(head_ptr + full).to(tl.float32)
-    partner = tl.load(head_ptr + (full + HALF) % DIM).to(tl.float32)
-    return own * cos + partner * sign_sin
 
 
 @triton.jit
@@ -211,6 +204,7 @@ class DecodeAttention:
         self.partial = torch.empty(room * heads * head_dim, dtype=torch.float32, device=device)
         self.stats = torch.empty(room * heads * 2, dtype=torch.float32, device=device)
         self.arrivals = torch.zeros(MAX_SPLIT_TOKENS * heads, dtype=torch.int32, device=device)
+        self.many = ManyRequests(heads, head_dim, device)
 
     def __call__(
         self,
@@ -232,8 +226,11 @@ class DecodeAttention:
             eps: of that RMSNorm.
         """
         tokens = gqkv.shape[0]
-        splits = splits_for(tokens, self.heads)
         out = torch.empty(tokens, self.heads * self.head_dim, dtype=gqkv.dtype, device=gqkv.device)
+        if tokens > MAX_SPLIT_TOKENS:
+            self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
+            return out
+        splits = splits_for(tokens, self.heads)
         block, stages, warps = tile(splits)
         hidden = 1 if x is None else x.shape[1]
         _decode[(self.heads, splits, tokens)](

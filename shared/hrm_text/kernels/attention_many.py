@@ -1,0 +1,295 @@
+"""Decode attention of many requests: enough programs to fill the chip, so only long contexts are split.
+
+A program takes one head of one request and is one warp. Its query stands in eight rows of a tensor-core tile, and
+what bf16 cuts off it in eight more, so scores and mixture are as exact as in float32 and cost a fifth of the
+instructions. A few programs behind those of the requests take what long contexts give away, and leave otherwise.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hrm_text.kernels.launch import dependent_launch, launch_options
+
+if TYPE_CHECKING:
+    from hrm_text.kernels.attention import DecodeBatch
+
+BLOCK, STAGES = 16, 4  # tokens a program takes at a time, stages of its pipeline
+PIECE_TOKENS = 512  # a piece of a split context has at least as many
+MAX_PIECES = 16  # of a context
+EXTRA_PROGRAMS = 32  # a head
+
+
+@triton.jit
+def _rotated(head_ptr, full, cos, sign_sin, HALF: tl.constexpr, DIM: tl.constexpr):
+    """A head's query or key after RoPE (neox), float32."""
+    own = tl.load(head_ptr + full).to(tl.float32)
+    partner = tl.load(head_ptr + (full + HALF) % DIM).to(tl.float32)
+    return own * cos + partner * sign_sin
+
+
+@triton.jit
+def _two_halves(x, dtype: tl.constexpr):
+    """(8, n) as (16, n) of `dtype`: what it holds, and below that what rounding cut off."""
+    high = x.to(dtype)
+    low = (x - high.to(tl.float32)).to(dtype)
+    return tl.reshape(tl.permute(tl.join(high, low), (2, 0, 1)), (16, x.shape[1]))
+
+
+@triton.jit
+def _summed_halves(x):
+    """(16, n) as (8, n): the products of both halves as one."""
+    return tl.sum(tl.reshape(x, (2, 8, x.shape[1])), 0)
+
+
+@triton.jit
+def _attend(q, k, v, inside, peak, total, mixed):
+    """A block of keys and values into a running softmax (base 2); `total` is summed over its places at the end."""
+    score = _summed_halves(tl.dot(q, tl.trans(k), input_precision="ieee"))
+    score = tl.where(inside[None, :], score, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(score, 1))  # never -inf; a NaN comes through the weights
+    keep = tl.exp2(peak - new_peak)
+    weight = tl.exp2(score - new_peak[:, None])
+    kept = tl.reshape(tl.broadcast_to(keep[None, :], (2, 8)), (16,))
+    mixed = tl.dot(_two_halves(weight, v.dtype), v, mixed * kept[:, None], input_precision="ieee")
+    return new_peak, total * keep[:, None] + weight, mixed
+
+
+@triton.jit
+def _pages(table_ptr, first, at, offset, bound, PAGE: tl.constexpr, BLOCK: tl.constexpr):
+    """Page numbers of the block at `at`: one where a page holds the whole block. Nothing past `bound` is read."""
+    if PAGE % BLOCK == 0:
+        page = tl.load(table_ptr + first + at // PAGE, mask=at < bound, other=0)
+    else:
+        page = tl.load(table_ptr + first + (at + offset) // PAGE, mask=at + offset < bound, other=0)
+    return page
+
+
+@triton.jit
+def _lines(
+    page, at, offset, PAGE: tl.constexpr, BLOCK: tl.constexpr, PAGE_STRIDE: tl.constexpr, STRIDE: tl.constexpr,
+    OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """Offsets of a block's lines in a cache."""
+    if PAGE % BLOCK == 0:
+        lines = page.to(OFFSETS) * PAGE_STRIDE + (at % PAGE) * STRIDE + offset * STRIDE
+    else:
+        lines = page.to(OFFSETS) * PAGE_STRIDE + (at + offset) % PAGE * STRIDE
+    return lines
+
+
+@triton.jit
+def _wait(turn):
+    """0, once the kernel before has ended: `gdc_wait` for use in a loop, which Triton 3.9 does not pipeline with that.
+
+    What must not be read earlier has an address to which this is added.
+    """
+    wait: tl.constexpr = "griddepcontrol.wait; mov.u32 $0, 0; // $1"
+    return tl.inline_asm_elementwise(wait, "=r,r", [turn], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def _given_away(cached, there, limit, EXTRA: tl.constexpr, PIECE: tl.constexpr):
+    """How many pieces each context gives to the extra programs; longer pieces where those would be too many."""
+    piece = tl.full((), PIECE, tl.int32)
+    counts = tl.where(there, tl.minimum(tl.maximum(cached // piece, 1), limit) - 1, 0)
+    while tl.sum(counts, 0) > EXTRA:
+        piece *= 2
+        counts = tl.where(there, tl.minimum(tl.maximum(cached // piece, 1), limit) - 1, 0)
+    return counts
+
+
+@triton.jit
+def _decode_many(
+    gqkv_ptr, x_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
+    table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
+    requests, table_stride, scale, eps,
+    HEADS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
+    K_PAGE: tl.constexpr, K_LINE: tl.constexpr, K_HEAD: tl.constexpr,
+    V_PAGE: tl.constexpr, V_LINE: tl.constexpr, V_HEAD: tl.constexpr, OFFSETS: tl.constexpr,
+    RAGGED: tl.constexpr, REQUESTS: tl.constexpr, EXTRA: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    head, request = tl.program_id(0), tl.program_id(1)
+    split, pieces, slot = 0, 1, 0  # slot: of the context's first piece in the scratch memory
+    one = request < requests
+    if one:
+        if RAGGED:
+            cached = (tl.load(row_starts_ptr + request + 1) - tl.load(row_starts_ptr + request)).to(tl.int32) - 1
+        else:
+            cached = tl.load(lengths_ptr + request) - 1
+    else:
+        cached = 2 * PIECE
+    if cached >= 2 * PIECE:
+        each = tl.arange(0, REQUESTS)
+        there = each < requests
+        if RAGGED:
+            begins = tl.load(row_starts_ptr + each, mask=there, other=0)
+            all_cached = (tl.load(row_starts_ptr + each + 1, mask=there, other=0) - begins).to(tl.int32) - 1
+        else:
+            all_cached = tl.load(lengths_ptr + each, mask=there, other=0) - 1
+        counts = _given_away(all_cached, there, PIECES, EXTRA, PIECE)
+        if one:
+            slot = tl.sum(tl.where(each < request, counts, 0), 0)
+            split = tl.sum(tl.where(each == request, counts, 0), 0)
+            pieces = split + 1
+        else:
+            wanted = request - requests
+            if wanted >= tl.sum(counts, 0):
+                return
+            ends = tl.cumsum(counts, 0)
+            request = tl.sum((ends <= wanted).to(tl.int32), 0)
+            slot = tl.sum(tl.where(each < request, counts, 0), 0)
+            split = wanted - slot
+            pieces = tl.sum(tl.where(each == request, counts, 0), 0) + 1
+            cached = tl.sum(tl.where(each == request, all_cached, 0), 0)
+    if RAGGED:  # noqa: SIM108 - the compiler takes one branch
+        first = tl.load(row_starts_ptr + request).to(tl.int64)
+    else:
+        first = request.to(tl.int64) * table_stride
+    last = split == pieces - 1
+    begin = cached * split // pieces // BLOCK * BLOCK
+    end = tl.where(last, cached, cached * (split + 1) // pieces // BLOCK * BLOCK)
+    HALF: tl.constexpr = DIM // 2
+    full = tl.arange(0, DIM)
+    offset = tl.arange(0, BLOCK)
+    k_base, v_base = k_ptr + head * K_HEAD, v_ptr + head * V_HEAD
+
+    page = _pages(table_ptr, first, begin, offset, end, PAGE, BLOCK)
+    write_slot = tl.load(write_slots_ptr + request).to(tl.int64)
+    place = tl.load(positions_ptr + request)
+    cos = tl.load(cos_sin_ptr + place * DIM + full % HALF).to(tl.float32)
+    sin = tl.load(cos_sin_ptr + place * DIM + HALF + full % HALF).to(tl.float32)
+    sign_sin = tl.where(full < HALF, -sin, sin)
+
+    # The KV of earlier tokens is not this chain's, and Triton asks for the first blocks of a loop before its first
+    # turn: so the wait, and what needs what it waits for, stand in that turn. There is always one.
+    dtype: tl.constexpr = k_ptr.dtype.element_ty
+    gate = tl.zeros((DIM,), gqkv_ptr.dtype.element_ty)
+    factor = tl.full((), 1.0, tl.float32)
+    own = tl.full((), 0.0, tl.float32)
+    q = tl.zeros((16, DIM), dtype)
+    peak = tl.zeros((8,), tl.float32)
+    total = tl.zeros((8, BLOCK), tl.float32)
+    mixed = tl.zeros((16, DIM), tl.float32)
+    for at in tl.range(begin, tl.maximum(end, begin + BLOCK), BLOCK, num_stages=STAGES):
+        k_lines = _lines(page, at, offset, PAGE, BLOCK, K_PAGE, K_LINE, OFFSETS)
+        v_lines = _lines(page, at, offset, PAGE, BLOCK, V_PAGE, V_LINE, OFFSETS)
+        inside = at + offset < end
+        k = tl.load(k_base + k_lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        v = tl.load(v_base + v_lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        # Asked for one block ahead: the loads of the next one would wait for it.
+        page = _pages(table_ptr, first, at + BLOCK, offset, end, PAGE, BLOCK)
+        if at == begin:
+            zero = 0  # a multiple of 128, as the compiler can see
+            if PDL:
+                zero = _wait(at) * 128
+            # All that the last kernel wrote is asked for at once.
+            row = gqkv_ptr + zero + request * 4 * HEADS * DIM + head * DIM
+            gate = tl.load(row + full)
+            query = _rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+            key = _rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+            value = tl.load(row + 3 * HEADS * DIM + full).to(tl.float32)
+            if NORM:
+                column = tl.arange(0, WIDE)
+                x = tl.load(x_ptr + zero + request * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
+                factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HIDDEN + eps)
+                query, key, value = query * factor, key * factor, value * factor
+            query = query * (scale * 1.4426950408889634)
+            # The new token's key and value are attended to as the cache will hold them. Every piece starts from their
+            # score, so no peak is ever -inf, but only the last one counts them.
+            new_key, new_value = key.to(dtype), value.to(dtype)
+            own = tl.sum(new_key.to(tl.float32) * query, 0)
+            peak = tl.zeros((8,), tl.float32) + own
+            counted = last & (tl.arange(0, 16) < 8)
+            mixed = tl.where(counted[:, None], new_value[None, :].to(tl.float32), 0.0)
+            if last & (write_slot >= 0):
+                tl.store(k_base + (write_slot // PAGE) * K_PAGE + (write_slot % PAGE) * K_LINE + full, new_key)
+                tl.store(v_base + (write_slot // PAGE) * V_PAGE + (write_slot % PAGE) * V_LINE + full, new_value)
+            # By way of a product, whose layout lets the loop carry it in registers as it needs it.
+            unit = (tl.arange(0, 16)[:, None] == tl.arange(0, 16)[None, :]).to(dtype)
+            halves = _two_halves(tl.broadcast_to(query[None, :], (8, DIM)), dtype)
+            q = tl.dot(unit, halves, input_precision="ieee").to(dtype)
+        peak, total, mixed = _attend(q, k, v, inside, peak, total, mixed)
+
+    # Eight equal rows: their sum and an eighth of it are exact.
+    top = tl.max(peak, 0)
+    weights = tl.sum(tl.sum(total, 1), 0) * 0.125
+    result = tl.sum(mixed, 0) * 0.125
+    weights += tl.where(last, tl.exp2(own - top), 0.0)
+
+    out = out_ptr + request * HEADS * DIM + head * DIM + full
+    gate = tl.sigmoid(gate.to(tl.float32) * factor)
+    if pieces == 1:
+        tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
+    else:
+        own_slot = (tl.where(last, EXTRA + slot, slot + split) * HEADS + head).to(tl.int64)
+        tl.store(partial_ptr + own_slot * DIM + full, result)
+        tl.store(stats_ptr + own_slot * 2, top)
+        tl.store(stats_ptr + own_slot * 2 + 1, weights)
+        tl.debug_barrier()  # every thread's part is stored before the arrival that announces it
+        if tl.atomic_add(arrivals_ptr + slot * HEADS + head, 1, sem="acq_rel") == pieces - 1:
+            tl.store(arrivals_ptr + slot * HEADS + head, 0)
+            piece = tl.arange(0, PIECES)
+            mine = piece < pieces
+            slots = (tl.where(piece == pieces - 1, EXTRA + slot, slot + piece) * HEADS + head).to(tl.int64)
+            tops = tl.load(stats_ptr + slots * 2, mask=mine, other=-float("inf"), cache_modifier=".cg")
+            sums = tl.load(stats_ptr + slots * 2 + 1, mask=mine, other=0.0, cache_modifier=".cg")
+            parts = partial_ptr + slots[:, None] * DIM + full[None, :]
+            found = tl.load(parts, mask=mine[:, None], other=0.0, cache_modifier=".cg")
+            share = tl.exp2(tops - tl.max(tops, 0))
+            whole = tl.sum(found * share[:, None], 0) / tl.sum(sums * share, 0)
+            tl.store(out, (whole * gate).to(out_ptr.dtype.element_ty))
+
+
+class ManyRequests:
+    """Decode attention of many requests with its scratch memory, which every layer of every step shares.
+
+    Args:
+        heads, head_dim: shape of the attention.
+        device: where it runs.
+    """
+
+    def __init__(self, heads: int, head_dim: int, device: torch.device) -> None:
+        self.heads, self.head_dim = heads, head_dim
+        self.partial = torch.empty(2 * EXTRA_PROGRAMS * heads * head_dim, dtype=torch.float32, device=device)
+        self.stats = torch.empty(2 * EXTRA_PROGRAMS * heads * 2, dtype=torch.float32, device=device)
+        self.arrivals = torch.zeros(EXTRA_PROGRAMS * heads, dtype=torch.int32, device=device)
+
+    def __call__(
+        self,
+        gqkv: torch.Tensor,
+        out: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        batch: "DecodeBatch",
+        x: torch.Tensor | None,
+        eps: float,
+    ) -> None:
+        """Fill `out`; the rest as `DecodeAttention` takes it."""
+        requests, hidden = len(gqkv), 1 if x is None else x.shape[1]
+        strides: dict[str, Any] = {
+            f"{name}_{part}": stride
+            for name, cache in (("K", k_cache), ("V", v_cache))
+            for part, stride in zip(("PAGE", "LINE", "HEAD"), cache.stride(), strict=False)
+        }
+        _decode_many[(self.heads, requests + EXTRA_PROGRAMS)](
+            gqkv, x, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
+            batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
+            requests, batch.table.stride(0), self.head_dim**-0.5, eps,
+            HEADS=self.heads, DIM=self.head_dim, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
+            PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache), RAGGED=batch.row_starts is not None,
+            REQUESTS=max(32, triton.next_power_of_2(requests)), EXTRA=EXTRA_PROGRAMS, PIECE=PIECE_TOKENS,
+            PIECES=MAX_PIECES, BLOCK=BLOCK, STAGES=STAGES, NORM=x is not None, PDL=dependent_launch(gqkv.device),
+            num_warps=1, **strides, **launch_options(gqkv.device),
+        )  # fmt: skip
+
+
+def offset_type(*caches: torch.Tensor) -> tl.dtype:
+    """Of offsets into a cache: 32 bits where they do, which saves a third of the address arithmetic."""
+    last = max(sum((n - 1) * s for n, s in zip(cache.shape, cache.stride(), strict=True)) for cache in caches)
+    return tl.int32 if last < 2**31 else tl.int64
