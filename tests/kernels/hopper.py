@@ -5,11 +5,15 @@ The interpreter lets pass what the compiler refuses (a variable with two shapes,
 
 from typing import Any
 
+import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hrm_text.kernels.attention import _decode, splits_for, tile
+from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, PIECE_TOKENS, STAGES, _decode_many
+from hrm_text.kernels.gemm import _gemm, tile_for
 from hrm_text.kernels.linear import (
     MAX_TOKENS,
     TILE_ROWS,
@@ -23,7 +27,7 @@ from hrm_text.kernels.swiglu import _scaled_swiglu
 
 HIDDEN, WIDE, HEADS, DIM = 1536, 4096, 12, 128
 FLOATS = {"scale", "eps"}
-FLOAT32 = {"cos_sin_ptr", "partial_ptr", "stats_ptr"}
+FLOAT32 = {"cos_sin_ptr", "partial_ptr", "stats_ptr", "squares_ptr", "next_squares_ptr"}
 INT64 = {"positions_ptr", "write_slots_ptr"}
 INT32 = {"table_ptr", "row_starts_ptr", "lengths_ptr", "arrivals_ptr"}
 
@@ -42,7 +46,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int) -> int:
     values = {(names.index(name),): value for name, value in constants.items()}
     # As at a launch: tensors and their widths are multiples of 16.
     aligned = [name for name in names if name not in constants and (name.endswith("_ptr") or kind(name) == "i32")]
-    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned if name != "tokens"}
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in ("tokens", "requests")
+    }
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)}
     return int(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared)
@@ -63,11 +69,29 @@ def main() -> None:
         warps, columns = tensor_core_parts(width)
         few = {"TOKENS": MAX_TOKENS, "BLOCK": TILE_ROWS, "PARTS": warps, "COLUMNS": columns, "PDL": True}
         print("on tensor cores", rows, width, compile_kernel(_on_tensor_cores, shape | few, warps))
-    for tokens, ragged in ((1, True), (8, False), (64, True), (64, False)):
+        part = tile_for(rows * (2 if swiglu else 1), width, torch.bfloat16)
+        for group in (64, 128):
+            many = {
+                "K": width, "TOKENS": group, "BLOCK": part.block, "DEPTH": part.depth, "SPLITS": part.splits,
+                "EARLY": part.early, "STAGES": part.stages, "SQUARES": 24 if swiglu else 0, "ALL_SQUARES": 32,
+                "SWIGLU": swiglu, "RESIDUAL": residual, "NEXT_SQUARES": 24 if residual else 0, "PDL": True,
+            }  # fmt: skip
+            print("gemm", group, rows, width, compile_kernel(_gemm, many, part.warps * group // 64))
+    for page, ragged in ((1, True), (1, False), (16, False)):
+        line = {1: HEADS * DIM, 16: 2 * DIM}[page]  # SGLang's pool, vLLM's cache
+        head = {1: DIM, 16: page * line}[page]
+        strides = {"PAGE": {1: line, 16: HEADS * head}[page], "LINE": line, "HEAD": head}
+        many = {f"{name}_{part}": stride for name in "KV" for part, stride in strides.items()} | {
+            "HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": page, "OFFSETS": tl.int32,
+            "RAGGED": ragged, "REQUESTS": 64, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS, "PIECES": MAX_PIECES,
+            "BLOCK": BLOCK, "STAGES": STAGES, "NORM": True, "PDL": True,
+        }  # fmt: skip
+        print("attention of many", page, compile_kernel(_decode_many, many, 1))
+    for tokens, ragged in ((1, True), (8, False)):
         splits = splits_for(tokens, HEADS)
         block, stages, warps = tile(splits)
         shape = {"HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": 1, "RAGGED": ragged, "PDL": True}
-        rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "NORM": splits == 1}
+        rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "NORM": False}
         print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
     print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))
 

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from hrm_text.config import read_config
+from hrm_text.kernels import attention_many, decode
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, why_not
 from hrm_text.model import HrmTextBody
@@ -37,10 +38,14 @@ def body(tiny: str, reference: Any) -> HrmTextBody:
     return built.to(DEVICE)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 17])
-def test_tokens_one_by_one_equal_the_oracle(body: HrmTextBody, reference: Any, rows: int) -> None:
-    """Every row of the batch decodes its own causal prompt from an empty cache, all kernels and both paths in play."""
+@pytest.mark.parametrize(("rows", "tiled"), [(1, False), (2, False), (17, True), (17, False)])
+def test_tokens_one_by_one_equal_the_oracle(
+    body: HrmTextBody, reference: Any, rows: int, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every row of the batch decodes its own causal prompt from an empty cache, all kernels and paths in play."""
     assert why_not(body, torch.float32) is None
+    monkeypatch.setattr(decode, "pays", lambda tokens: tiled)
+    monkeypatch.setattr(attention_many, "EXTRA_PROGRAMS", 1)  # the interpreter takes them one by one
     shape = body.shape
     generator = torch.Generator().manual_seed(rows)
     prompts = torch.randint(12, shape.vocab_size, (rows, LENGTH), generator=generator)

@@ -1,4 +1,4 @@
-"""A decode step's recurrence on the fused kernels: five a layer for a few tokens, two and four GEMMs beyond.
+"""A decode step's recurrence on the fused kernels: five a layer; two, and four GEMMs, where cuBLAS is as fast.
 
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """
@@ -8,7 +8,9 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from hrm_text.config import HrmTextShape
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
+from hrm_text.kernels.gemm import Projections, pays
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
@@ -29,6 +31,7 @@ class FusedDecode:
         shape = body.shape
         self.eps = shape.rms_norm_eps
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
+        self.project = Projections(list(weight_shapes(shape).values()), next(body.parameters()).dtype, device)
 
     def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
         """z_H after every step.
@@ -60,11 +63,29 @@ class FusedDecode:
             x = small_linear(out, attention.o_proj.weight, residual=x)
             act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
             return small_linear(act, mlp.down_proj.weight, residual=x)
+        if pays(len(x)):
+            project = self.project
+            gqkv, _ = project(x, attention.gqkv_proj.weight)
+            out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
+            x, squares = project(out, attention.o_proj.weight, residual=x)
+            act, _ = project(x, mlp.gate_up_proj.weight, squares=squares, eps=self.eps, swiglu=True)
+            return project(act, mlp.down_proj.weight, residual=x)[0]
         gqkv = linear(x, attention.gqkv_proj.weight)
         out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
         x = torch.addmm(x, out, attention.o_proj.weight.t())
         act = scaled_swiglu(linear(x, mlp.gate_up_proj.weight), x, self.eps)
         return torch.addmm(x, act, mlp.down_proj.weight.t())
+
+
+def weight_shapes(shape: HrmTextShape) -> dict[str, tuple[int, int]]:
+    """(rows, width) of each projection of a layer."""
+    width = shape.num_heads * shape.head_dim
+    return {
+        "gqkv_proj": (4 * width, shape.hidden_size),
+        "o_proj": (shape.hidden_size, width),
+        "gate_up_proj": (2 * shape.intermediate_size, shape.hidden_size),
+        "down_proj": (shape.hidden_size, shape.intermediate_size),
+    }
 
 
 def why_not(body: HrmTextBody, dtype: torch.dtype) -> str | None:
@@ -74,13 +95,7 @@ def why_not(body: HrmTextBody, dtype: torch.dtype) -> str | None:
         return "pipeline parallelism"
     if shape.head_dim & (shape.head_dim - 1):
         return f"head_dim={shape.head_dim} is not a power of two"
-    width = shape.num_heads * shape.head_dim
-    shapes = {
-        "gqkv_proj": (4 * width, shape.hidden_size),
-        "o_proj": (shape.hidden_size, width),
-        "gate_up_proj": (2 * shape.intermediate_size, shape.hidden_size),
-        "down_proj": (shape.hidden_size, shape.intermediate_size),
-    }
+    shapes = weight_shapes(shape)
     for name, module in body.named_modules():
         whole = shapes.get(name.rpartition(".")[2])
         if whole is None:
