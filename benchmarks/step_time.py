@@ -1,16 +1,18 @@
-"""Decode step times: vLLM with this plugin and its fused kernels beside vLLM's in-tree model, in one run on one GPU.
+"""Decode step times and prefill: vLLM with this plugin beside vLLM's in-tree model, in one run on one GPU.
 
     python -m benchmarks.step_time --out step_time.json
 
 Both engines are loaded at once, each in its own process with the same KV cache, default options and
 dummy weights of the 1B, and measured in turn. A step is the wall time between the point
 where every request of the batch has two tokens and 128 steps later (32 where the KV cache holds no more), divided
-by that number; the smallest of the repeats is reported with their spread.
+by that number; the smallest of the repeats is reported with their spread. Prefill is 64 prompts of 2,048 tokens
+until each has its first token; the fastest of the repeats.
 """
 
 import json
 import multiprocessing as mp
 import os
+import random
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,21 +21,18 @@ import typer
 
 CONFIG = Path(__file__).parent / "hrm-text-1b"
 SHAPES = ((1, 128, 128), (8, 128, 128), (64, 512, 128), (256, 256, 32))  # batch, prompt tokens, steps
+PREFILL = (64, 2048)  # requests, prompt tokens
 KV_BYTES = 58 << 30  # 79,000 tokens of the 1B: every shape runs as one batch
-ENGINES = {"in-tree": {"VLLM_PLUGINS": ""}, "plugin": {"VLLM_PLUGINS": "hrm_text", "HRM_TEXT_KERNELS": "1"}}
+ENGINES = {"in-tree": {"VLLM_PLUGINS": ""}, "plugin": {"VLLM_PLUGINS": "hrm_text"}}
 
 
 def measure(llm: Any, batch: int, context: int, steps: int) -> float:
     """Milliseconds that each of `steps` decode steps takes for `batch` requests of `context` prompt tokens."""
-    import random
-
     from vllm import SamplingParams
 
     params = SamplingParams(temperature=0.0, max_tokens=steps + 40, ignore_eos=True, detokenize=False)
     engine = llm.llm_engine
-    for index in range(batch):
-        prompt = [random.randrange(12, 60000) for _ in range(context)]
-        engine.add_request(f"{time.monotonic_ns()}-{index}", {"prompt_token_ids": prompt}, params)
+    add(engine, batch, context, params)
     lengths: dict[str, int] = {}
     began = 0.0
     while engine.has_unfinished_requests():
@@ -51,6 +50,25 @@ def measure(llm: Any, batch: int, context: int, steps: int) -> float:
                 engine.step()
             return 1000 * elapsed / (shortest - first)
     raise RuntimeError("the batch ended before it was measured")
+
+
+def prefill(llm: Any) -> float:
+    """Prompt tokens a second, until every request has its first token."""
+    from vllm import SamplingParams
+
+    engine, (batch, context) = llm.llm_engine, PREFILL
+    add(engine, batch, context, SamplingParams(temperature=0.0, max_tokens=1, detokenize=False))
+    began = time.perf_counter()
+    while engine.has_unfinished_requests():
+        engine.step()
+    return batch * context / (time.perf_counter() - began)
+
+
+def add(engine: Any, batch: int, context: int, params: Any) -> None:
+    """Requests of random tokens, so that no two share a prefix."""
+    for index in range(batch):
+        prompt = [random.randrange(12, 60000) for _ in range(context)]
+        engine.add_request(f"{time.monotonic_ns()}-{index}", {"prompt_token_ids": prompt}, params)
 
 
 def _serve(pipe: Any, env: dict[str, str]) -> None:
@@ -71,33 +89,46 @@ def _serve(pipe: Any, env: dict[str, str]) -> None:
         disable_log_stats=True,
     )
     pipe.send(time.perf_counter() - began)
-    while (shape := pipe.recv()) is not None:
-        pipe.send(measure(llm, *shape))
+    while (wanted := pipe.recv()) is not None:
+        pipe.send(prefill(llm) if wanted == PREFILL else measure(llm, *wanted))
 
 
 def main(out: Annotated[Path, typer.Option(help="Where the JSON goes.")], repeats: int = 3) -> None:
     """Measure every shape on both engines in turn and print the ratios."""
     context = mp.get_context("spawn")
-    pipes, report = {}, {"startup_s": {}, "steps": []}  # type: ignore[var-annotated]
+    pipes: dict[str, Any] = {}
+    report: dict[str, Any] = {"startup_s": {}, "steps": []}
     for name, env in ENGINES.items():
         pipes[name], theirs = context.Pipe()
         context.Process(target=_serve, args=(theirs, env), daemon=True).start()
     for name, pipe in pipes.items():
         report["startup_s"][name] = pipe.recv()
     for shape in SHAPES:
-        times: dict[str, list[float]] = {name: [] for name in pipes}
-        for _ in range(repeats):
-            for name, pipe in pipes.items():
-                pipe.send(shape)
-                times[name].append(pipe.recv())
+        times = in_turn(pipes, shape, repeats)
         best = {name: min(values[1:]) for name, values in times.items()}
         ratio = best["plugin"] / best["in-tree"]
         report["steps"].append({"batch": shape[0], "context": shape[1], "ms": times, "ratio": ratio})
         print(f"batch {shape[0]:4d} context {shape[1]:4d}: {best} ratio {ratio:.3f}", flush=True)
         out.write_text(json.dumps(report, indent=1))
+    rates = in_turn(pipes, PREFILL, repeats)
+    most = {name: max(values[1:]) for name, values in rates.items()}
+    ratio = most["plugin"] / most["in-tree"]
+    report["prefill"] = {"requests": PREFILL[0], "prompt": PREFILL[1], "tokens_per_s": rates, "ratio": ratio}
+    print(f"prefill {PREFILL[0]} x {PREFILL[1]}, tokens/s: {most} ratio {ratio:.3f}", flush=True)
+    out.write_text(json.dumps(report, indent=1))
     for pipe in pipes.values():
         pipe.send(None)
     print(json.dumps(report["startup_s"]))
+
+
+def in_turn(pipes: dict[str, Any], wanted: tuple[int, ...], repeats: int) -> dict[str, list[float]]:
+    """What each engine measures, one after the other, and again."""
+    found: dict[str, list[float]] = {name: [] for name in pipes}
+    for _ in range(repeats):
+        for name, pipe in pipes.items():
+            pipe.send(wanted)
+            found[name].append(pipe.recv())
+    return found
 
 
 if __name__ == "__main__":

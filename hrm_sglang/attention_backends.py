@@ -3,9 +3,19 @@
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 from hrm_sglang.spans import is_hrm_text
 
 SUPPORTED_BACKENDS = ("fa3", "triton", "torch_native")
+
+
+def default_backend(device: str, hopper: bool, dtype: torch.dtype, kv_cache_dtype: str | None) -> str:
+    """The backend of an engine for which none is named: FA3 on Hopper, for a model and a KV cache that it takes."""
+    if device == "cpu":
+        return "torch_native"
+    half = dtype in (torch.bfloat16, torch.float16) and kv_cache_dtype in (None, "auto", "bf16", "bfloat16")
+    return "fa3" if hopper and half else "triton"
 
 
 def with_spans(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

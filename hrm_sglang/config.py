@@ -5,7 +5,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from hrm_sglang import lora
-from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, unsupported
+from hrm_sglang.attention_backends import SUPPORTED_BACKENDS, default_backend, unsupported
 from hrm_sglang.spans import is_hrm_text
 from hrm_text.config import read_config
 
@@ -100,6 +100,13 @@ def _lora_targets(view: Any) -> set[str] | None:
     return set(lora.TARGETS)
 
 
+def _default_backend(server_args: Any) -> str:
+    from sglang.srt.arg_groups.model_override_base import get_platform, model_config_of, resolving_view
+
+    view, hopper = resolving_view(server_args), get_platform().is_hopper_with_cuda_12_3
+    return default_backend(view.device, hopper, model_config_of(server_args).dtype, view.kv_cache_dtype)
+
+
 def _configure(server_args: Any) -> None:
     from sglang.srt.arg_groups.model_override_base import resolving_view
     from sglang.srt.arg_groups.overrides import declare_resolution
@@ -107,7 +114,6 @@ def _configure(server_args: Any) -> None:
 
     view = resolving_view(server_args)
     chosen = server_args.attention_backend
-    default = "torch_native" if view.device == "cpu" else "triton"
     for field in ("prefill_attention_backend", "decode_attention_backend"):
         if getattr(view, field, None) not in (None, *SUPPORTED_BACKENDS):
             raise ValueError(unsupported(getattr(view, field)))
@@ -116,7 +122,7 @@ def _configure(server_args: Any) -> None:
     declare_resolution(
         server_args,
         "hrm_text",
-        attention_backend=chosen or default,
+        attention_backend=chosen or _default_backend(server_args),
         radix_cache_backend=CACHE,
         page_size=1,
         lora_target_modules=_lora_targets(view),

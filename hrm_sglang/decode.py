@@ -8,7 +8,7 @@ import torch
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.choice import choose
 from hrm_text.kernels.decode import FusedDecode
-from hrm_text.kernels.launch import why_off
+from hrm_text.kernels.launch import check_option
 from hrm_text.model import HrmTextBody
 
 logger = logging.getLogger("sglang.srt.hrm_sglang")
@@ -22,8 +22,9 @@ class Decoder:
     """
 
     def __init__(self, body: HrmTextBody) -> None:
+        check_option()  # so that a wrong one stops the engine as it starts
         self._body = body
-        self._decided = why_off() is not None
+        self._decided = False
         self.fused: FusedDecode | None = None
 
     def recur(

@@ -5,7 +5,6 @@ its FULL graphs around the whole model, and the tensors of their metadata are th
 PIECEWISE graphs, and the dry runs that warm them up, stay with vLLM's own layers.
 """
 
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +13,8 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
+from hrm_text.kernels.choice import choose
+from hrm_text.kernels.launch import check_option
 from hrm_text.model import HrmTextBody
 
 if TYPE_CHECKING:
@@ -34,9 +35,10 @@ class Decoder:
     """
 
     def __init__(self, body: HrmTextBody, config: VllmConfig) -> None:
+        check_option()  # so that a wrong one stops the engine as it starts
         self._body = body
         self._config = config
-        self._decided = _off()
+        self._decided = False
         self._layers = _attention_layers(body)
         self.fused: FusedDecode | None = None
 
@@ -80,8 +82,6 @@ class Decoder:
         return metadata if getattr(metadata, "prefix_lm_decode", False) else None
 
     def _decide(self, device: torch.device) -> None:
-        from hrm_text.kernels.choice import choose
-
         self._decided = True
         dtype = self._config.model_config.dtype
         reason = why_not(self._config, list(self._layers.values()), dtype)
@@ -94,15 +94,6 @@ class Decoder:
         cache = self._layers[slot].kv_cache
         k, v = cache.transpose(1, 2).split(self._body.shape.head_dim, dim=-1)
         return k, v
-
-
-def _off() -> bool:
-    """Whether the kernels are not asked for; a CPU build of vLLM need not have Triton."""
-    if find_spec("triton") is None:
-        return True
-    from hrm_text.kernels.launch import why_off
-
-    return why_off() is not None
 
 
 def _attention_layers(body: HrmTextBody) -> dict[int, Any]:

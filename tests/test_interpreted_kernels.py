@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrm_text.kernels import launch
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -33,13 +35,36 @@ def python(*arguments: str, **environment: str) -> str:
     return run.stdout
 
 
-@pytest.mark.parametrize(("value", "reason"), [("0", "HRM_TEXT_KERNELS=0"), ("1", None)])
-def test_option_switches_them(monkeypatch: pytest.MonkeyPatch, value: str, reason: str | None) -> None:
+@pytest.mark.parametrize(
+    ("value", "capability", "reason"),
+    [
+        ("0", 9, "HRM_TEXT_KERNELS=0"),
+        ("1", 0, None),
+        ("1", 9, None),
+        (None, 9, None),
+        (None, 8, "they were verified on Hopper GPUs only; HRM_TEXT_KERNELS=1 tries them here"),
+        (None, 0, "they were verified on Hopper GPUs only; HRM_TEXT_KERNELS=1 tries them here"),
+    ],
+)
+def test_where_they_run(
+    monkeypatch: pytest.MonkeyPatch, value: str | None, capability: int, reason: str | None
+) -> None:
     pytest.importorskip("triton")
-    from hrm_text.kernels.launch import why_off
+    if value is None:
+        monkeypatch.delenv("HRM_TEXT_KERNELS", raising=False)
+    else:
+        monkeypatch.setenv("HRM_TEXT_KERNELS", value)
+    monkeypatch.setattr(launch, "_capability", lambda device: capability)
+    assert launch.why_off(torch.device("cpu")) == reason
 
-    monkeypatch.setenv("HRM_TEXT_KERNELS", value)
-    assert why_off() == reason
+
+def test_an_option_that_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HRM_TEXT_KERNELS", "yes")
     with pytest.raises(ValueError, match="HRM_TEXT_KERNELS='yes': must be 0 or 1"):
-        why_off()
+        launch.check_option()
+
+
+def test_without_triton_they_stay_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HRM_TEXT_KERNELS", "1")
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    assert launch.why_off(torch.device("cpu")) == "Triton is not installed"

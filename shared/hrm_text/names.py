@@ -8,7 +8,7 @@ NANO = "hrm-text-nano"
 HRM_TEXT_1B = "hrm-text-1b"
 HUB_ID_1B = "sapientinc/HRM-Text-1B"
 PATH_VARIABLE_1B = "HRM_TEXT_1B_PATH"
-KERNELS_OPTION = "HRM_TEXT_KERNELS"  # environment variable; 1 switches the fused kernels on
+KERNELS_OPTION = "HRM_TEXT_KERNELS"  # environment variable; 0 switches the fused kernels off
 
 
 def resolve_model(name: str) -> str:

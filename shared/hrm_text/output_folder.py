@@ -10,7 +10,7 @@ from hrm_text.names import KERNELS_OPTION
 
 
 def claim(out: Path, run: Mapping[str, Any], error: type[Exception]) -> None:
-    """Make `out` the folder of `run`; whether the fused kernels are asked for belongs to a run.
+    """Make `out` the folder of `run`; what the option says of the fused kernels belongs to a run.
 
     Args:
         out: made if it is not there.
@@ -18,7 +18,7 @@ def claim(out: Path, run: Mapping[str, Any], error: type[Exception]) -> None:
         error: raised when the folder holds another run's, or cannot be written.
     """
     path = out / "run.json"
-    mine = json.loads(json.dumps({**run, "kernels": os.environ.get(KERNELS_OPTION, "0")}))
+    mine = json.loads(json.dumps({**run, "kernels": os.environ.get(KERNELS_OPTION, "default")}))
     if path.exists() and (theirs := json.loads(path.read_text())) != mine:
         changed = next(key for key in mine | theirs if mine.get(key) != theirs.get(key))
         raise error(

@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("sglang")
 
@@ -30,6 +31,25 @@ def test_nothing_is_switched_off(tiny: str) -> None:
 
 def test_a_chosen_backend_is_kept(tiny: str) -> None:
     assert resolve(tiny, attention_backend="triton").attention_backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("device", "hopper", "dtype", "kv_cache_dtype", "expected"),
+    [
+        ("cpu", False, torch.bfloat16, "auto", "torch_native"),
+        ("cuda", True, torch.bfloat16, "auto", "fa3"),
+        ("cuda", True, torch.float16, None, "fa3"),
+        ("cuda", True, torch.float32, "auto", "triton"),
+        ("cuda", True, torch.bfloat16, "fp8_e4m3", "triton"),
+        ("cuda", False, torch.bfloat16, "auto", "triton"),
+    ],
+)
+def test_the_backend_nobody_named(
+    device: str, hopper: bool, dtype: torch.dtype, kv_cache_dtype: str | None, expected: str
+) -> None:
+    from hrm_sglang.attention_backends import default_backend
+
+    assert default_backend(device, hopper, dtype, kv_cache_dtype) == expected
 
 
 def test_every_projection_takes_adapters(tiny: str) -> None:

@@ -193,10 +193,10 @@ def test_a_folder_holds_one_run(tmp_path: Path) -> None:
         claim(tmp_path, {"model": "a", "size": "full"}, BenchError)
 
 
-def test_a_run_on_the_fused_kernels_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_the_fused_kernels_is_another_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     claim(tmp_path, {"model": "a"}, BenchError)
-    monkeypatch.setenv("HRM_TEXT_KERNELS", "1")
-    with pytest.raises(BenchError, match="holds results of a run with kernels '0', not '1'"):
+    monkeypatch.setenv("HRM_TEXT_KERNELS", "0")
+    with pytest.raises(BenchError, match="holds results of a run with kernels 'default', not '0'"):
         claim(tmp_path, {"model": "a"}, BenchError)
 
 

@@ -1,16 +1,20 @@
 """What runs an engine's decode steps, the fused kernels or its own layers: decided once, and said in one log line."""
 
 import logging
+from typing import TYPE_CHECKING
 
 import torch
 
-from hrm_text.kernels.decode import FusedDecode, why_not
+from hrm_text.kernels.launch import why_off
 from hrm_text.model import HrmTextBody
+
+if TYPE_CHECKING:  # it imports Triton, which an engine on a CPU need not have
+    from hrm_text.kernels.decode import FusedDecode
 
 
 def choose(
     body: HrmTextBody, dtype: torch.dtype, device: torch.device, engine: str, reason: str | None, logger: logging.Logger
-) -> FusedDecode | None:
+) -> "FusedDecode | None":
     """The fused kernels for `body`; None where the engine's layers have to run it.
 
     Args:
@@ -21,9 +25,15 @@ def choose(
         reason: why the engine's side forbids them, if it does.
         logger: of the engine's adapter.
     """
-    reason = reason or why_not(body, dtype)
-    if reason is not None:
-        logger.warning("HRM-Text: decode runs on %s's layers, not on the fused kernels: %s", engine, reason)
-        return None
-    logger.info("HRM-Text: decode runs on the fused kernels")
-    return FusedDecode(body, device)
+    off = why_off(device)
+    if off is None:
+        from hrm_text.kernels.decode import FusedDecode, why_not
+
+        reason = reason or why_not(body, dtype)
+        if reason is None:
+            logger.info("HRM-Text: decode runs on the fused kernels")
+            return FusedDecode(body, device)
+    # A user who switched them off, or whose hardware has none, need not be warned.
+    level = logging.WARNING if off is None else logging.INFO
+    logger.log(level, "HRM-Text: decode runs on %s's layers, not on the fused kernels: %s", engine, off or reason)
+    return None
