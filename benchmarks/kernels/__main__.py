@@ -18,7 +18,7 @@ import typer
 from hrm_text.config import read_config
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
-from hrm_text.kernels.gemm import pays
+from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.linear import MAX_TOKENS, small_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
@@ -134,7 +134,7 @@ class Model:
                 "gate_up": lambda b, _: small_linear(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
                 "down": lambda b, _: small_linear(act, b.mlp.down_proj.weight, residual=self.x),
             }
-        elif pays(tokens):
+        elif tokens <= MAX_TILED_TOKENS:
             project = self.fused.project
             squares = project(self.x, self.calls[0][0].self_attn.o_proj.weight, residual=self.x)[1]
             gate_up = {"squares": squares, "eps": eps, "swiglu": True}

@@ -12,7 +12,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from hrm_text.kernels.attention import _decode, splits_for, tile
-from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, PIECE_TOKENS, STAGES, _decode_many
+from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, PIECE_TOKENS, _decode_many, stages_for
 from hrm_text.kernels.gemm import _gemm, tile_for
 from hrm_text.kernels.linear import (
     MAX_TOKENS,
@@ -84,14 +84,14 @@ def main() -> None:
         many = {f"{name}_{part}": stride for name in "KV" for part, stride in strides.items()} | {
             "HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": page, "OFFSETS": tl.int32,
             "RAGGED": ragged, "REQUESTS": 64, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS, "PIECES": MAX_PIECES,
-            "BLOCK": BLOCK, "STAGES": STAGES, "NORM": True, "PDL": True,
+            "BLOCK": BLOCK, "STAGES": stages_for(64), "NORM": True, "PDL": True,
         }  # fmt: skip
         print("attention of many", page, compile_kernel(_decode_many, many, 1))
     for tokens, ragged in ((1, True), (8, False)):
         splits = splits_for(tokens, HEADS)
         block, stages, warps = tile(splits)
-        shape = {"HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": 1, "RAGGED": ragged, "PDL": True}
-        rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "NORM": False}
+        shape = {"HEADS": HEADS, "DIM": DIM, "PAGE": 1, "RAGGED": ragged, "PDL": True}
+        rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages}
         print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
     print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))
 

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hrm_text.kernels import attention_many
-from hrm_text.kernels.attention import DecodeAttention, DecodeBatch, splits_for
+from hrm_text.kernels.attention import MAX_SPLIT_TOKENS, DecodeAttention, DecodeBatch, splits_for
 from tests.kernels.conftest import DEVICE
 from tests.kernels.test_linear import EPS, TOLERANCE, draw, error
 
@@ -41,7 +41,7 @@ class Case:
         shape = (sum(pages) + 1, page_size, HEADS, DIM)
         self.k_cache, self.v_cache = draw(*shape, seed=seed + 1), draw(*shape, seed=seed + 2)
         self.gqkv = draw(tokens, 4 * HEADS * DIM, seed=seed + 3)
-        self.x = draw(tokens, hidden, seed=seed + 4, scale=4.0) if normed else None
+        self.x = draw(tokens, hidden, seed=seed + 4, scale=4.0) if normed and tokens > MAX_SPLIT_TOKENS else None
         angles = angle_table(max(lengths))
         self.angles = angles[torch.tensor(lengths) - 1].to(DEVICE)
         slots = [
@@ -251,3 +251,10 @@ def test_what_half_precision_cuts_off_is_kept() -> None:
         weights = torch.einsum("hd,thd->ht", q[row] * DIM**-0.5, keys).softmax(-1)
         rows.append(torch.einsum("ht,thd->hd", weights, values))
     assert error(got, (torch.stack(rows) * gate.sigmoid()).flatten(1)) <= 2e-5
+
+
+def test_few_tokens_come_normed() -> None:
+    case = Case([5], 16, False, False, 0)
+    case.x = draw(1, HEADS * DIM, seed=1)
+    with pytest.raises(ValueError, match="x: 1 tokens take a gqkv that is normed; the limit is 16"):
+        attend(case)

@@ -1,7 +1,8 @@
-"""Decode attention of one layer with what surrounds it: norm factor and RoPE, the KV write, the gate.
+"""Decode attention of one layer with what surrounds it: RoPE, the KV write, the gate.
 
-One query token a request, its KV in pages that a table names. A program takes one head of one request, or
-a split of its context; the last split to arrive combines them, so there is no second kernel.
+One query token a request, its KV in pages that a table names. A program takes a split of the context of one head of
+one request; the last split to arrive combines them, so there is no second kernel. Many requests have a kernel of
+their own, in `attention_many`.
 """
 
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from hrm_text.kernels.attention_many import ManyRequests, _rotated
 from hrm_text.kernels.launch import dependent_launch, launch_options
 
 MAX_SPLITS = 16
-MAX_SPLIT_TOKENS = 16  # larger batches fill the chip without splits
+MAX_SPLIT_TOKENS = 16  # larger batches fill the chip with fewer
 
 
 @dataclass(frozen=True)
@@ -77,12 +78,11 @@ def _combine(partial_ptr, stats_ptr, full, pieces, SPLITS: tl.constexpr, DIM: tl
 
 @triton.jit
 def _decode(
-    gqkv_ptr, x_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
+    gqkv_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
     table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
-    table_stride, k_page, k_token, k_head, v_page, v_token, v_head, scale, eps,
-    HEADS: tl.constexpr, DIM: tl.constexpr, HIDDEN: tl.constexpr, WIDE: tl.constexpr, PAGE: tl.constexpr,
-    RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, PDL: tl.constexpr,
+    table_stride, k_page, k_token, k_head, v_page, v_token, v_head, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -126,11 +126,6 @@ def _decode(
     q = _rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
     key = _rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
     value = tl.load(row + 3 * HEADS * DIM + full).to(tl.float32)
-    if NORM:
-        column = tl.arange(0, WIDE)
-        x = tl.load(x_ptr + request * HIDDEN + column, mask=column < HIDDEN, other=0.0).to(tl.float32)
-        factor = 1.0 / tl.sqrt(tl.sum(x * x, 0) / HIDDEN + eps)
-        gate, q, key, value = gate * factor, q * factor, key * factor, value * factor
     q = q * (scale * 1.4426950408889634)
 
     peak = tl.full((BLOCK,), -float("inf"), tl.float32)
@@ -184,8 +179,6 @@ def _decode(
 
 def splits_for(tokens: int, heads: int) -> int:
     """Splits of a context: enough programs for a small batch to keep the chip busy, a power of two."""
-    if tokens > MAX_SPLIT_TOKENS:
-        return 1
     wanted = max(1, 384 // (tokens * heads))
     return min(MAX_SPLITS, 1 << (wanted.bit_length() - 1))
 
@@ -222,7 +215,8 @@ class DecodeAttention:
             gqkv: (tokens, 4 * heads * head_dim), [gate | q | k | v] before RoPE.
             k_cache, v_cache: (pages, page_size, heads, head_dim), any strides but the last.
             batch: where it all stands.
-            x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it.
+            x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it, as it must with no more
+                than `MAX_SPLIT_TOKENS`.
             eps: of that RMSNorm.
         """
         tokens = gqkv.shape[0]
@@ -230,17 +224,17 @@ class DecodeAttention:
         if tokens > MAX_SPLIT_TOKENS:
             self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
             return out
+        if x is not None:
+            raise ValueError(f"x: {tokens} tokens take a gqkv that is normed; the limit is {MAX_SPLIT_TOKENS}")
         splits = splits_for(tokens, self.heads)
         block, stages, warps = tile(splits)
-        hidden = 1 if x is None else x.shape[1]
         _decode[(self.heads, splits, tokens)](
-            gqkv, x, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
+            gqkv, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
             batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
-            batch.table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], self.head_dim**-0.5, eps,
-            HEADS=self.heads, DIM=self.head_dim, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
-            PAGE=batch.page_size, RAGGED=batch.row_starts is not None, SPLITS=splits,
-            BLOCK=block, STAGES=stages, NORM=x is not None, PDL=dependent_launch(gqkv.device),
-            num_warps=warps, **launch_options(gqkv.device),
+            batch.table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], self.head_dim**-0.5,
+            HEADS=self.heads, DIM=self.head_dim, PAGE=batch.page_size, RAGGED=batch.row_starts is not None,
+            SPLITS=splits, BLOCK=block, STAGES=stages, PDL=dependent_launch(gqkv.device), num_warps=warps,
+            **launch_options(gqkv.device),
         )  # fmt: skip
         return out
 

@@ -16,7 +16,7 @@ from hrm_text.kernels.launch import dependent_launch, launch_options
 if TYPE_CHECKING:
     from hrm_text.kernels.attention import DecodeBatch
 
-BLOCK, STAGES = 16, 4  # tokens a program takes at a time, stages of its pipeline
+BLOCK = 16  # tokens a program takes at a time
 PIECE_TOKENS = 512  # a piece of a split context has at least as many
 MAX_PIECES = 16  # of a context
 EXTRA_PROGRAMS = 32  # a head
@@ -284,9 +284,14 @@ class ManyRequests:
             HEADS=self.heads, DIM=self.head_dim, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
             PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache), RAGGED=batch.row_starts is not None,
             REQUESTS=max(32, triton.next_power_of_2(requests)), EXTRA=EXTRA_PROGRAMS, PIECE=PIECE_TOKENS,
-            PIECES=MAX_PIECES, BLOCK=BLOCK, STAGES=STAGES, NORM=x is not None, PDL=dependent_launch(gqkv.device),
-            num_warps=1, **strides, **launch_options(gqkv.device),
+            PIECES=MAX_PIECES, BLOCK=BLOCK, STAGES=stages_for(requests), NORM=x is not None,
+            PDL=dependent_launch(gqkv.device), num_warps=1, **strides, **launch_options(gqkv.device),
         )  # fmt: skip
+
+
+def stages_for(requests: int) -> int:
+    """Stages of a program's pipeline: as deep as pays while the shared memory of all programs fits the chip at once."""
+    return 4 if requests <= 64 else 3
 
 
 def offset_type(*caches: torch.Tensor) -> tl.dtype:

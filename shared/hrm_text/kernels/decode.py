@@ -1,4 +1,4 @@
-"""A decode step's recurrence on the fused kernels: five a layer; two, and four GEMMs, where cuBLAS is as fast.
+"""A decode step's recurrence on the fused kernels: five a layer, beyond 128 tokens two and four GEMMs.
 
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """
@@ -10,7 +10,8 @@ from torch.nn.functional import linear
 
 from hrm_text.config import HrmTextShape
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
-from hrm_text.kernels.gemm import Projections, pays
+from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
+from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
@@ -63,7 +64,7 @@ class FusedDecode:
             x = small_linear(out, attention.o_proj.weight, residual=x)
             act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
             return small_linear(act, mlp.down_proj.weight, residual=x)
-        if pays(len(x)):
+        if len(x) <= MAX_TILED_TOKENS:
             project = self.project
             gqkv, _ = project(x, attention.gqkv_proj.weight)
             out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)

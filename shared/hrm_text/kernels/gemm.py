@@ -166,11 +166,6 @@ class Projections:
         return out, left
 
 
-def pays(tokens: int) -> bool:
-    """Whether these kernels beat cuBLAS, as measured on an H200: a tile of 64 tokens must be nearly full."""
-    return 48 < tokens <= 64
-
-
 def tile_for(rows: int, width: int, dtype: torch.dtype) -> Tile:
     """The division of a weight: some hundred programs, each with 48 KiB of W in flight."""
     block, depth = min(64, rows & -rows), min(128 * 2 // dtype.itemsize, width & -width)
