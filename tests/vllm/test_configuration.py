@@ -2,12 +2,14 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from vllm.engine.arg_utils import EngineArgs
 
 from hrm_text.names import nano_path
+from hrm_vllm.config import _set_graph_sizes, graph_sizes
 from hrm_vllm.spans import rule_of
 from tests.conftest import TINY, make_checkpoint
 
@@ -72,6 +74,37 @@ def test_a_default_budget_holds_any_span_and_a_chosen_one_is_kept(tiny: str) -> 
     assert default.max_num_batched_tokens >= 256 + 2000
     chosen = configure(tiny, skip_tokenizer_init=True, max_num_seqs=64, max_num_batched_tokens=64).scheduler_config
     assert chosen.max_num_batched_tokens == 64
+
+
+@pytest.mark.parametrize("most", [1, 3, 5, 60, 128, 200, 256, 1024])
+def test_every_decode_batch_has_a_graph_that_is_not_much_larger(most: int) -> None:
+    sizes = graph_sizes(min(512, 2 * most))
+    assert len(sizes) <= 23
+    for batch in range(1, min(most, 512) + 1):
+        fitting = min(size for size in sizes if size >= batch)
+        assert fitting <= max(batch + 7, 1.25 * batch)
+
+
+@pytest.mark.parametrize(
+    ("named", "options", "expected"),
+    [
+        (None, {}, [1, 2, 4, 8]),
+        ([1, 3], {}, [1, 3]),
+        (None, {"performance_mode": "interactivity"}, None),
+        (None, {"speculative_config": object()}, None),
+    ],
+)
+def test_graph_sizes_that_are_named_are_kept(
+    monkeypatch: pytest.MonkeyPatch, named: list[int] | None, options: dict[str, Any], expected: list[int] | None
+) -> None:
+    monkeypatch.setattr("hrm_vllm.config.current_platform", SimpleNamespace(is_cpu=lambda: False))
+    compilation = SimpleNamespace(cudagraph_capture_sizes=named, max_cudagraph_capture_size=None)
+    rest = {"speculative_config": None, "performance_mode": "balanced"} | options
+    config: Any = SimpleNamespace(
+        compilation_config=compilation, scheduler_config=SimpleNamespace(max_num_seqs=6), **rest
+    )
+    _set_graph_sizes(config)
+    assert compilation.cudagraph_capture_sizes == expected
 
 
 def test_long_prefill_threshold_is_off(tiny: str) -> None:
