@@ -99,8 +99,8 @@ SIZES = {
     # Where a GPU is lent by the minute: the same prompts, fewer, and shorter answers.
     "short": Size(
         (
-            Workload("single", "single", 128, 64, 1, 2),
-            *_chat(128, (1, 16, 64, 256), waves=1, least=1),
+            Workload("single", "single", 128, 64, 1, 3),
+            *_chat(128, (1, 16, 64, 256), waves=1, least=3),
             Workload("long", "long", 3072, 32, 8, 8),
             Workload("gsm8k", "gsm8k", 0, 64, 64, 64),
             Workload("vote", "vote", 256, 64, 16, 1, 16),
