@@ -101,7 +101,8 @@ def _lora_targets(view: Any) -> set[str] | None:
 
 
 def _default_backend(server_args: Any) -> str:
-    from sglang.srt.arg_groups.model_override_base import get_platform, model_config_of, resolving_view
+    from sglang.srt.arg_groups.model_override_base import model_config_of, resolving_view
+    from sglang.srt.runtime_context import get_platform
 
     view, hopper = resolving_view(server_args), get_platform().is_hopper_with_cuda_12_3
     return default_backend(view.device, hopper, model_config_of(server_args).dtype, view.kv_cache_dtype)

@@ -167,7 +167,7 @@ def _set_graph_sizes(vllm_config: VllmConfig) -> None:
     drafts = vllm_config.speculative_config is not None  # graphs for several tokens a request: vLLM's business
     if current_platform.is_cpu() or named or drafts or vllm_config.performance_mode == "interactivity":
         return
-    compilation.cudagraph_capture_sizes = graph_sizes(min(512, 2 * vllm_config.scheduler_config.max_num_seqs))
+    compilation.cudagraph_capture_sizes = graph_sizes(2 * vllm_config.scheduler_config.max_num_seqs)
 
 
 def _keep_eager_on_cpu(vllm_config: VllmConfig) -> None:

@@ -160,6 +160,19 @@ def test_graph_padding_reads_nothing() -> None:
     assert changed == [[0, 0], [case.pages[0][0], 4]]
 
 
+def spoil_all_but_earlier_tokens(case: Case) -> None:
+    """Every line of the cache that belongs to no earlier token is NaN, those of the new tokens included."""
+    earlier = [
+        pages[at // case.page_size] * case.page_size + at % case.page_size
+        for pages, length in zip(case.pages, case.lengths, strict=True)
+        for at in range(length - 1)
+    ]
+    for cache in (case.k_cache, case.v_cache):
+        lines, kept = cache.view(-1, HEADS, DIM), cache.view(-1, HEADS, DIM)[earlier]
+        lines[:] = float("nan")
+        lines[earlier] = kept
+
+
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(
     lengths=st.lists(st.integers(1, 40) | st.integers(1, 600), min_size=1, max_size=20),
@@ -174,15 +187,7 @@ def test_nothing_but_earlier_tokens_is_read(
     """Every line of the cache that belongs to no earlier token is NaN, those of the new tokens included."""
     case = Case(lengths, 1 if ragged else page_size, ragged, normed, seed)
     expected, _, _ = case.expected()
-    earlier = [
-        page * case.page_size + line
-        for pages, length in zip(case.pages, lengths, strict=True)
-        for page, line in ((pages[at // case.page_size], at % case.page_size) for at in range(length - 1))
-    ]
-    for cache in (case.k_cache, case.v_cache):
-        lines, kept = cache.view(-1, HEADS, DIM), cache.view(-1, HEADS, DIM)[earlier]
-        lines[:] = float("nan")
-        lines[earlier] = kept
+    spoil_all_but_earlier_tokens(case)
     assert error(attend(case), expected) <= TOLERANCE
 
 
@@ -200,13 +205,7 @@ def test_many_requests_read_their_own_tokens_only(
     """Everything in the cache that belongs to no earlier token is NaN; contexts are split into many pieces."""
     case = Case(lengths, 1 if ragged else page_size, ragged, normed, seed)
     expected, _, _ = case.expected()
-    for cache in (case.k_cache, case.v_cache):
-        lines = torch.full_like(cache, float("nan")).flatten(0, 1)
-        for pages, length in zip(case.pages, lengths, strict=True):
-            at = torch.arange(length - 1)
-            own = torch.tensor(pages)[at // case.page_size] * case.page_size + at % case.page_size
-            lines[own.to(DEVICE)] = cache.flatten(0, 1)[own.to(DEVICE)]
-        cache.copy_(lines.view(cache.shape))
+    spoil_all_but_earlier_tokens(case)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention_many, "PIECE_TOKENS", 32)
         attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))

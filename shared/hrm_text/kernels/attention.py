@@ -11,7 +11,8 @@ import torch
 import triton
 import triton.language as tl
 
-from hrm_text.kernels.attention_many import ManyRequests, _rotated
+from hrm_text.kernels.attention_many import ManyRequests
+from hrm_text.kernels.attention_parts import combined, rotated, scratch
 from hrm_text.kernels.launch import dependent_launch, launch_options
 
 MAX_SPLITS = 16
@@ -64,19 +65,6 @@ def _attend(q, k, v, inside, peak, total, mixed):
 
 
 @triton.jit
-def _combine(partial_ptr, stats_ptr, full, pieces, SPLITS: tl.constexpr, DIM: tl.constexpr):
-    """What the pieces of a context found, as one; `partial_ptr` and `stats_ptr` are those of its first piece."""
-    each = tl.arange(0, SPLITS)
-    there = each < pieces
-    tops = tl.load(stats_ptr + 2 * each, mask=there, other=-float("inf"), cache_modifier=".cg")
-    weights = tl.load(stats_ptr + 2 * each + 1, mask=there, other=0.0, cache_modifier=".cg")
-    rows = partial_ptr + (each * DIM)[:, None] + full[None, :]
-    parts = tl.load(rows, mask=there[:, None], other=0.0, cache_modifier=".cg")
-    share = tl.exp2(tops - tl.max(tops, 0))
-    return tl.sum(parts * share[:, None], 0) / tl.sum(weights * share, 0)
-
-
-@triton.jit
 def _decode(
     gqkv_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
     table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
@@ -123,8 +111,8 @@ def _decode(
     # All that the last kernel wrote is asked for at once: sums in between wait for all warps.
     row = gqkv_ptr + request * 4 * HEADS * DIM + head * DIM
     gate = tl.load(row + full).to(tl.float32)
-    q = _rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
-    key = _rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+    q = rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+    key = rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
     value = tl.load(row + 3 * HEADS * DIM + full).to(tl.float32)
     q = q * (scale * 1.4426950408889634)
 
@@ -173,7 +161,8 @@ def _decode(
         tl.debug_barrier()  # every thread's part is stored before the arrival that announces it
         if tl.atomic_add(arrivals_ptr + pair, 1, sem="acq_rel") == pieces - 1:
             tl.store(arrivals_ptr + pair, 0)
-            whole = _combine(partial, stats, full, pieces, SPLITS, DIM)
+            each = tl.arange(0, SPLITS)
+            whole = combined(partial, stats, each, each < pieces, full, DIM)
             tl.store(out, (whole * gate).to(out_ptr.dtype.element_ty))
 
 
@@ -194,9 +183,7 @@ class DecodeAttention:
     def __init__(self, heads: int, head_dim: int, device: torch.device) -> None:
         self.heads, self.head_dim = heads, head_dim
         room = max(tokens * splits_for(tokens, heads) for tokens in range(1, MAX_SPLIT_TOKENS + 1))
-        self.partial = torch.empty(room * heads * head_dim, dtype=torch.float32, device=device)
-        self.stats = torch.empty(room * heads * 2, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(MAX_SPLIT_TOKENS * heads, dtype=torch.int32, device=device)
+        self.partial, self.stats, self.arrivals = scratch(room * heads, MAX_SPLIT_TOKENS * heads, head_dim, device)
         self.many = ManyRequests(heads, head_dim, device)
 
     def __call__(

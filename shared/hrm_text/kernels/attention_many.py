@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hrm_text.kernels.attention_parts import combined, rotated, scratch
 from hrm_text.kernels.launch import dependent_launch, launch_options
 
 if TYPE_CHECKING:
@@ -20,14 +21,6 @@ BLOCK = 16  # tokens a program takes at a time
 PIECE_TOKENS = 512  # a piece of a split context has at least as many
 MAX_PIECES = 16  # of a context
 EXTRA_PROGRAMS = 32  # a head
-
-
-@triton.jit
-def _rotated(head_ptr, full, cos, sign_sin, HALF: tl.constexpr, DIM: tl.constexpr):
-    """A head's query or key after RoPE (neox), float32."""
-    own = tl.load(head_ptr + full).to(tl.float32)
-    partner = tl.load(head_ptr + (full + HALF) % DIM).to(tl.float32)
-    return own * cos + partner * sign_sin
 
 
 @triton.jit
@@ -191,8 +184,8 @@ def _decode_many(
             # All that the last kernel wrote is asked for at once.
             row = gqkv_ptr + zero + request * 4 * HEADS * DIM + head * DIM
             gate = tl.load(row + full)
-            query = _rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
-            key = _rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+            query = rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+            key = rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
             value = tl.load(row + 3 * HEADS * DIM + full).to(tl.float32)
             if NORM:
                 column = tl.arange(0, WIDE)
@@ -235,14 +228,8 @@ def _decode_many(
         if tl.atomic_add(arrivals_ptr + slot * HEADS + head, 1, sem="acq_rel") == pieces - 1:
             tl.store(arrivals_ptr + slot * HEADS + head, 0)
             piece = tl.arange(0, PIECES)
-            mine = piece < pieces
             slots = (tl.where(piece == pieces - 1, EXTRA + slot, slot + piece) * HEADS + head).to(tl.int64)
-            tops = tl.load(stats_ptr + slots * 2, mask=mine, other=-float("inf"), cache_modifier=".cg")
-            sums = tl.load(stats_ptr + slots * 2 + 1, mask=mine, other=0.0, cache_modifier=".cg")
-            parts = partial_ptr + slots[:, None] * DIM + full[None, :]
-            found = tl.load(parts, mask=mine[:, None], other=0.0, cache_modifier=".cg")
-            share = tl.exp2(tops - tl.max(tops, 0))
-            whole = tl.sum(found * share[:, None], 0) / tl.sum(sums * share, 0)
+            whole = combined(partial_ptr, stats_ptr, slots, piece < pieces, full, DIM)
             tl.store(out, (whole * gate).to(out_ptr.dtype.element_ty))
 
 
@@ -256,9 +243,10 @@ class ManyRequests:
 
     def __init__(self, heads: int, head_dim: int, device: torch.device) -> None:
         self.heads, self.head_dim = heads, head_dim
-        self.partial = torch.empty(2 * EXTRA_PROGRAMS * heads * head_dim, dtype=torch.float32, device=device)
-        self.stats = torch.empty(2 * EXTRA_PROGRAMS * heads * 2, dtype=torch.float32, device=device)
-        self.arrivals = torch.zeros(EXTRA_PROGRAMS * heads, dtype=torch.int32, device=device)
+        # Of each split context its last piece, and those that it gives away.
+        self.partial, self.stats, self.arrivals = scratch(
+            2 * EXTRA_PROGRAMS * heads, EXTRA_PROGRAMS * heads, head_dim, device
+        )
 
     def __call__(
         self,
