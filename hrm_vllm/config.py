@@ -173,7 +173,7 @@ def _set_graph_sizes(vllm_config: VllmConfig) -> None:
 def _keep_eager_on_cpu(vllm_config: VllmConfig) -> None:
     """No torch.compile on a CPU unless it was asked for.
 
-    It unrolls every layer call (75 s for the demo checkpoint) and needs a C++ compiler, also for the one
+    It takes most of a minute for the demo checkpoint and needs a C++ compiler, also for the one
     function that ranks log-probs, which would otherwise stall or stop the first request that wants them.
     """
     if not current_platform.is_cpu() or vllm_config.compilation_config.mode is not None:

@@ -1,10 +1,10 @@
-"""`HrmTextForCausalLM` for vLLM: the shared forward, compiled, with TP, PP and LoRA."""
+"""`HrmTextForCausalLM` for vLLM: the shared forward, with TP, PP and LoRA."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
-from vllm.compilation.decorators import support_torch_compile
 from vllm.config import VllmConfig
 from vllm.distributed import get_pp_group
 from vllm.model_executor.layers.logits_processor import LogitsProcessor
@@ -19,17 +19,28 @@ from hrm_text.model import HrmTextBody
 from hrm_text.weights import PACKED_MODULES, load_into
 from hrm_vllm.decode import Decoder
 from hrm_vllm.model.layers import VllmLayers
+from hrm_vllm.model.stacks import Passes
 
 
-@support_torch_compile
 class HrmTextModel(HrmTextBody):
-    """The recurrence, as the unit that vLLM compiles and captures."""
+    """The recurrence over this rank's steps."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         shape = read_config(vllm_config.model_config.hf_config.to_dict())
         group = get_pp_group()
         stage = shape.plan.stage(group.rank_in_group, group.world_size)
         super().__init__(shape, VllmLayers(vllm_config), prefix, stage)
+        self._passes = Passes(self, vllm_config)
+
+    def recur(
+        self, positions: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor, context: Any = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        for step in self.stage:
+            if self.steps[step] == "L":
+                z_L = self._passes(positions, z_L, z_H, step)
+            else:
+                z_H = self._passes(positions, z_H, z_L, step)
+        return z_H, z_L
 
     def forward(
         self,
