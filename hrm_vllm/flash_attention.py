@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from vllm import envs
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
 
 from hrm_vllm.attention import SpanSplitting, VirtualBatch, virtual_metadata
@@ -55,11 +56,22 @@ def flash_builder(base: Any) -> Any:
             return metadata
 
         def _build_part(self, common: CommonAttentionMetadata, batch: VirtualBatch, causal: bool) -> Any:
-            # fast_build leaves out FA3's ahead-of-time schedule: its buffer belongs to the captured
-            # graphs, and a split batch has another shape.
-            metadata = base.build(self, 0, virtual_metadata(common, batch, causal), fast_build=True)
+            # fast_build leaves out FA3's ahead-of-time schedule, whose buffer belongs to the captured graphs. Without
+            # one of its own, every layer call of the step would make the same schedule again.
+            virtual = virtual_metadata(common, batch, causal)
+            metadata = base.build(self, 0, virtual, fast_build=True)
             if metadata.max_num_splits > 1:  # sized for the captured graphs; 1 is batch invariance's choice
                 metadata.max_num_splits = 0
+            metadata.scheduler_metadata = self._get_scheduler_metadata(
+                aot_schedule=self.aot_schedule and not envs.VLLM_BATCH_INVARIANT,
+                batch_size=virtual.num_reqs,
+                cu_query_lens=virtual.query_start_loc,
+                max_query_len=virtual.max_query_len,
+                seqlens=virtual.seq_lens,
+                max_seq_len=virtual.max_seq_len,
+                causal=causal,
+                max_num_splits=metadata.max_num_splits,
+            )
             return metadata
 
     return PrefixLMFlashBuilder

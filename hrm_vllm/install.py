@@ -100,6 +100,9 @@ def all_hooks() -> list[Hook]:
             "v1/worker/gpu/attn_utils.py",
             "model_specific_attn_metadata.get_extra_attn_kwargs(",
         ),
+        expect(
+            "FA3's schedule of a split batch", "v1/attention/backends/flash_attn.py", "def _get_scheduler_metadata("
+        ),
         # Called in both scheduling loops.
         expect("span-aligned scheduler", "v1/core/sched/scheduler.py", "self._reserve_prefill_lookahead(", times=2),
     ]

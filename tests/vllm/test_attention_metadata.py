@@ -24,11 +24,26 @@ BLOCK, HEADS, DIM = 4, 2, 8
 
 
 class Kernel:
-    """Paged attention by definition: a sequence's queries are its last tokens; `causal` is one flag or one each."""
+    """Paged attention by definition: a sequence's queries are its last tokens; `causal` is one flag or one each.
+
+    A schedule that was made for another call would be followed all the same, so it is compared.
+    """
 
     def forward(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
     ) -> Any:
+        if metadata.scheduler_metadata is not None:
+            expected = {
+                "aot_schedule": True,
+                "batch_size": len(metadata.seq_lens),
+                "cu_query_lens": metadata.query_start_loc.tolist(),
+                "max_query_len": metadata.max_query_len,
+                "seqlens": metadata.seq_lens.tolist(),
+                "max_seq_len": metadata.max_seq_len,
+                "causal": metadata.causal,
+                "max_num_splits": metadata.max_num_splits,
+            }
+            assert metadata.scheduler_metadata == expected
         for row in range(len(metadata.seq_lens)):
             first, last = int(metadata.query_start_loc[row]), int(metadata.query_start_loc[row + 1])
             length = int(metadata.seq_lens[row])
@@ -46,6 +61,11 @@ class Kernel:
 
 
 class Builder:
+    aot_schedule = True
+
+    def _get_scheduler_metadata(self, **made_for: Any) -> dict[str, Any]:
+        return {key: value.tolist() if torch.is_tensor(value) else value for key, value in made_for.items()}
+
     @classmethod
     def get_cudagraph_support(cls, vllm_config: Any, kv_cache_spec: Any) -> AttentionCGSupport:
         return AttentionCGSupport.ALWAYS
@@ -54,8 +74,17 @@ class Builder:
         return self.build(0, common)
 
     def build(self, common_prefix_len: int, common: CommonAttentionMetadata, fast_build: bool = False) -> Any:
-        fields = ("query_start_loc", "seq_lens", "block_table_tensor", "causal", "max_query_len", "num_actual_tokens")
-        metadata = SimpleNamespace(**{field: getattr(common, field) for field in fields}, max_num_splits=0)
+        fields = (
+            "query_start_loc",
+            "seq_lens",
+            "block_table_tensor",
+            "causal",
+            "max_query_len",
+            "max_seq_len",
+            "num_actual_tokens",
+        )
+        metadata = SimpleNamespace(**{field: getattr(common, field) for field in fields}, max_num_splits=32)
+        metadata.scheduler_metadata = None
         metadata.block_table = metadata.block_table_tensor
         return metadata
 
