@@ -83,7 +83,7 @@ def main() -> None:
         strides = {"PAGE": {1: line, 16: HEADS * head}[page], "LINE": line, "HEAD": head}
         many = {f"{name}_{part}": stride for name in "KV" for part, stride in strides.items()} | {
             "HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": page, "OFFSETS": tl.int32,
-            "RAGGED": ragged, "REQUESTS": 64, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS, "PIECES": MAX_PIECES,
+            "RAGGED": ragged, "REQUESTS": 128, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS, "PIECES": MAX_PIECES,
             "BLOCK": BLOCK, "STAGES": stages_for(64), "NORM": True, "PDL": True,
         }  # fmt: skip
         print("attention of many", page, compile_kernel(_decode_many, many, 1))

@@ -94,7 +94,7 @@ def _given_away(cached, there, limit, EXTRA: tl.constexpr, PIECE: tl.constexpr):
     return counts
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])  # one compilation, not one for multiples of 16 too
 def _decode_many(
     gqkv_ptr, x_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
     table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
@@ -271,7 +271,7 @@ class ManyRequests:
             requests, batch.table.stride(0), self.head_dim**-0.5, eps,
             HEADS=self.heads, DIM=self.head_dim, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
             PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache), RAGGED=batch.row_starts is not None,
-            REQUESTS=max(32, triton.next_power_of_2(requests)), EXTRA=EXTRA_PROGRAMS, PIECE=PIECE_TOKENS,
+            REQUESTS=max(128, triton.next_power_of_2(requests)), EXTRA=EXTRA_PROGRAMS, PIECE=PIECE_TOKENS,
             PIECES=MAX_PIECES, BLOCK=BLOCK, STAGES=stages_for(requests), NORM=x is not None,
             PDL=dependent_launch(gqkv.device), num_warps=1, **strides, **launch_options(gqkv.device),
         )  # fmt: skip

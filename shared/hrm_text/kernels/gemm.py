@@ -36,7 +36,7 @@ class Tile:
     warps: int
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one compilation, not one for multiples of 16 too
 def _gemm(
     x_ptr, w_ptr, residual_ptr, squares_ptr, next_squares_ptr, out_ptr, partial_ptr, arrivals_ptr,
     tokens, rows, eps,

@@ -86,7 +86,7 @@ def _in_registers(
         tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=write)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # one compilation, not one for multiples of 16 too
 def _on_tensor_cores(
     x_ptr,
     w_ptr,
