@@ -19,7 +19,7 @@ from hrm_text.config import read_config
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
-from hrm_text.kernels.linear import MAX_TOKENS, small_linear
+from hrm_text.kernels.linear import MAX_TOKENS
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
@@ -128,11 +128,12 @@ class Model:
         }
         linear = torch.nn.functional.linear
         if few:
+            small = self.fused.small_linear(tokens)
             kernels: dict[str, Callable[[Block, int], object]] = {
-                "gqkv": lambda b, _: small_linear(self.x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
-                "o": lambda b, _: small_linear(self.x, b.self_attn.o_proj.weight, residual=self.x),
-                "gate_up": lambda b, _: small_linear(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
-                "down": lambda b, _: small_linear(act, b.mlp.down_proj.weight, residual=self.x),
+                "gqkv": lambda b, _: small(self.x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
+                "o": lambda b, _: small(self.x, b.self_attn.o_proj.weight, residual=self.x),
+                "gate_up": lambda b, _: small(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
+                "down": lambda b, _: small(act, b.mlp.down_proj.weight, residual=self.x),
             }
         elif tokens <= MAX_TILED_TOKENS:
             project = self.fused.project

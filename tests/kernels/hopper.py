@@ -3,6 +3,10 @@
 The interpreter lets pass what the compiler refuses (a variable with two shapes, say).
 """
 
+import re
+import subprocess
+import tempfile
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +27,7 @@ from hrm_text.kernels.linear import (
     register_tile,
     tensor_core_parts,
 )
+from hrm_text.kernels.staged import Geometry, code_for
 from hrm_text.kernels.swiglu import _scaled_swiglu
 
 HIDDEN, WIDE, HEADS, DIM = 1536, 4096, 12, 128
@@ -54,6 +59,18 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int) -> int:
     return int(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared)
 
 
+def registers_and_stack(code: bytes) -> tuple[int, int]:
+    """Registers of a thread, and bytes of what does not fit into them."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(code)
+        file.flush()
+        run = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", run.stdout)
+    assert found is not None, run.stdout
+    return int(found[1]), int(found[2])
+
+
 def main() -> None:
     """Compile them all and print what shared memory each takes."""
     for rows, width, norm, swiglu, residual in (
@@ -64,6 +81,16 @@ def main() -> None:
     ):
         shape = {"K": width, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
         block, warps = register_tile(width)
+        geometry = Geometry.of(rows * (2 if swiglu else 1), width, norm, swiglu, residual, 132)
+        try:
+            registers, stack = registers_and_stack(code_for(geometry))
+        except Exception as reason:  # the bindings raise what they like when a library is not there
+            if "NVRTC:" in str(reason):
+                raise
+            print("staged: no NVRTC here")
+        else:
+            assert stack == 0 and registers <= geometry.registers
+            print("staged", geometry.rows, width, geometry.shared_bytes, "registers", registers)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "TOKENS": 1, "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)

@@ -1,1 +1,1 @@
-"""Fused decode kernels for both engines, in Triton; `decode.py` puts them together."""
+"""Fused decode kernels for both engines, in Triton and CUDA; `decode.py` puts them together."""

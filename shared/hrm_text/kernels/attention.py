@@ -14,6 +14,7 @@ import triton.language as tl
 from hrm_text.kernels.attention_many import ManyRequests
 from hrm_text.kernels.attention_parts import combined, rotated, scratch
 from hrm_text.kernels.launch import dependent_launch, launch_options
+from hrm_text.kernels.nvrtc import carve_out
 
 MAX_SPLITS = 16
 MAX_SPLIT_TOKENS = 16  # larger batches fill the chip with fewer
@@ -178,10 +179,15 @@ class DecodeAttention:
     Args:
         heads, head_dim: shape of the attention.
         device: where it runs.
+
+    Attributes:
+        all_shared: whether it shares multiprocessors with kernels that make all of L1 shared memory.
     """
 
     def __init__(self, heads: int, head_dim: int, device: torch.device) -> None:
         self.heads, self.head_dim = heads, head_dim
+        self.all_shared = False
+        self._carved: set[int] = set()
         room = max(tokens * splits_for(tokens, heads) for tokens in range(1, MAX_SPLIT_TOKENS + 1))
         self.partial, self.stats, self.arrivals = scratch(room * heads, MAX_SPLIT_TOKENS * heads, head_dim, device)
         self.many = ManyRequests(heads, head_dim, device)
@@ -215,7 +221,7 @@ class DecodeAttention:
             raise ValueError(f"x: {tokens} tokens take a gqkv that is normed; the limit is {MAX_SPLIT_TOKENS}")
         splits = splits_for(tokens, self.heads)
         block, stages, warps = tile(splits)
-        _decode[(self.heads, splits, tokens)](
+        compiled = _decode[(self.heads, splits, tokens)](
             gqkv, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
             batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
             batch.table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], self.head_dim**-0.5,
@@ -223,6 +229,9 @@ class DecodeAttention:
             SPLITS=splits, BLOCK=block, STAGES=stages, PDL=dependent_launch(gqkv.device), num_warps=warps,
             **launch_options(gqkv.device),
         )  # fmt: skip
+        if self.all_shared and compiled.function not in self._carved:  # known once it has been launched
+            carve_out(compiled.function)
+            self._carved.add(compiled.function)
         return out
 
 

@@ -31,8 +31,11 @@ def choose(
 
         reason = reason or why_not(body, dtype)
         if reason is None:
-            logger.info("HRM-Text: decode runs on the fused kernels")
-            return FusedDecode(body, device)
+            fused = FusedDecode(body, device)
+            staged = fused.why_not_staged
+            how = "weights staged in shared memory" if staged is None else f"Triton's alone, for {staged}"
+            logger.info("HRM-Text: decode runs on the fused kernels (%s)", how)
+            return fused
     # A user who switched them off, or whose hardware has none, need not be warned.
     level = logging.WARNING if off is None else logging.INFO
     logger.log(level, "HRM-Text: decode runs on %s's layers, not on the fused kernels: %s", engine, off or reason)

@@ -1,5 +1,7 @@
 """A decode step's recurrence on the fused kernels: five a layer, beyond 128 tokens two and four GEMMs.
 
+For the fewest tokens, projections are CUDA kernels whose weights wait in shared memory, where those run.
+
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """
 
@@ -9,6 +11,7 @@ import torch
 from torch.nn.functional import linear
 
 from hrm_text.config import HrmTextShape
+from hrm_text.kernels import staged
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
@@ -16,6 +19,13 @@ from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 
+# Whether a layer's projections have a norm ahead, SwiGLU, and a residual behind them.
+AROUND = {
+    "gqkv_proj": (True, False, False),
+    "o_proj": (False, False, True),
+    "gate_up_proj": (True, True, False),
+    "down_proj": (False, False, True),
+}
 KVCaches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -25,6 +35,9 @@ class FusedDecode:
     Args:
         body: with its weights loaded, all of the stages its own.
         device: where they are.
+
+    Attributes:
+        why_not_staged: why no projection runs on `staged_linear`; None where those of its `MAX_TOKENS` do.
     """
 
     def __init__(self, body: HrmTextBody, device: torch.device) -> None:
@@ -32,7 +45,10 @@ class FusedDecode:
         shape = body.shape
         self.eps = shape.rms_norm_eps
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
-        self.project = Projections(list(weight_shapes(shape).values()), next(body.parameters()).dtype, device)
+        shapes, dtype = weight_shapes(shape), next(body.parameters()).dtype
+        self.project = Projections(list(shapes.values()), dtype, device)
+        self.why_not_staged = staged.why_not([(*shapes[name], *AROUND[name]) for name in AROUND], dtype, device)
+        self.attention.all_shared = self.why_not_staged is None
 
     def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
         """z_H after every step.
@@ -54,16 +70,22 @@ class FusedDecode:
                 z_H = stack.final_norm(x)
         return z_H
 
+    def small_linear(self, tokens: int) -> Callable[..., torch.Tensor]:
+        """`small_linear`, or what does the same for so few tokens in less time."""
+        few = tokens <= staged.MAX_TOKENS and self.why_not_staged is None
+        return staged.staged_linear if few else small_linear
+
     def _block(
         self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
         attention, mlp = block.self_attn, block.mlp
         if len(x) <= MAX_TOKENS:
-            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            small = self.small_linear(len(x))
+            gqkv = small(x, attention.gqkv_proj.weight, norm_eps=self.eps)
             out = self.attention(gqkv, k_cache, v_cache, batch)
-            x = small_linear(out, attention.o_proj.weight, residual=x)
-            act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
-            return small_linear(act, mlp.down_proj.weight, residual=x)
+            x = small(out, attention.o_proj.weight, residual=x)
+            act = small(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
+            return small(act, mlp.down_proj.weight, residual=x)
         if len(x) <= MAX_TILED_TOKENS:
             project = self.project
             gqkv, _ = project(x, attention.gqkv_proj.weight)

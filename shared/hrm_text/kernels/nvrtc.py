@@ -1,0 +1,95 @@
+"""CUDA kernels compiled at run time by NVRTC, and their launch."""
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import torch
+
+FOLDER = Path(__file__).parent
+ALL_SHARED = 100  # per cent of a multiprocessor's L1 that is shared memory
+
+
+def source(*names: str) -> str:
+    """Source files as one; what they need of the GPU comes first."""
+    return "\n".join((FOLDER / name).read_text() for name in names)
+
+
+def compile_for_hopper(text: str, name: str, macros: tuple[str, ...] = ()) -> bytes:
+    """The machine code of a kernel's source.
+
+    Raises:
+        ImportError: no `cuda.bindings`.
+        RuntimeError: no NVRTC, or it refuses the source; the message is its log.
+    """
+    from cuda.bindings import nvrtc
+
+    def checked(result: tuple[Any, ...]) -> Any:
+        if result[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise RuntimeError(f"NVRTC: {result[0].name}")
+        return result[1] if len(result) > 1 else None
+
+    options = [option.encode() for option in ("--gpu-architecture=sm_90a", "--std=c++17", *macros)]
+    program = checked(nvrtc.nvrtcCreateProgram(text.encode(), name.encode(), 0, [], []))
+    if nvrtc.nvrtcCompileProgram(program, len(options), options)[0] != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+        log = b" " * checked(nvrtc.nvrtcGetProgramLogSize(program))
+        checked(nvrtc.nvrtcGetProgramLog(program, log))
+        raise RuntimeError(f"NVRTC: {log.decode(errors='replace').rstrip(chr(0))}")
+    code = b" " * checked(nvrtc.nvrtcGetCUBINSize(program))
+    checked(nvrtc.nvrtcGetCUBIN(program, code))
+    checked(nvrtc.nvrtcDestroyProgram(program))
+    return code
+
+
+def _checked(result: tuple[Any, ...]) -> Any:
+    if result[0].value:
+        raise RuntimeError(f"CUDA: {result[0].name}")
+    return result[1] if len(result) > 1 else None
+
+
+def carve_out(function: Any) -> None:
+    """Has a function run where all of L1 is shared memory: a multiprocessor must be empty to change the division,
+    so kernels that are to run on it together want the same one."""
+    from cuda.bindings import driver
+
+    attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+    _checked(driver.cuFuncSetAttribute(driver.CUfunction(int(function)), attribute, ALL_SHARED))
+
+
+class DependentKernel:
+    """A kernel on the current device, launched on the current stream while the kernel before it runs; CUDA graphs can
+    capture it.
+
+    Args:
+        code: as `compile_for_hopper` returns it; the module is loaded for as long as the process runs.
+        name: of the kernel, which takes one structure by value.
+        ctas, threads: its launch.
+        shared_bytes: of dynamic shared memory.
+        dependent: whether it may start early; for measurements.
+    """
+
+    def __init__(
+        self, code: bytes, name: str, ctas: int, threads: int, shared_bytes: int, *, dependent: bool = True
+    ) -> None:
+        from cuda.bindings import driver
+
+        self.driver = driver
+        torch.zeros(1, device="cuda")  # binds the device's context to this thread
+        self.module = _checked(driver.cuModuleLoadData(code))
+        self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _checked(driver.cuFuncSetAttribute(self.function, limit, shared_bytes))
+        carve_out(self.function)
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        attribute.value.programmaticStreamSerializationAllowed = 1
+        self.config = config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
+        config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
+        config.sharedMemBytes = shared_bytes
+        config.attrs, config.numAttrs = [attribute] if dependent else [], int(dependent)
+
+    def __call__(self, params: ctypes.Structure) -> None:
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        self.config.hStream = self.driver.CUstream(torch.cuda.current_stream().cuda_stream)
+        _checked(self.driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(arguments), 0))

@@ -1,0 +1,184 @@
+"""`small_linear` for 1 to 8 tokens with W's rows waiting in shared memory: geometry and launch of `staged.cu`."""
+
+import ctypes
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from hrm_text.kernels.launch import _capability
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source
+
+MAX_TOKENS = 8
+SOURCES = ("staged_ptx.cuh", "staged.cu")
+SHARED_BYTES = 227 * 1024  # of a CTA, at most
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a projection is run.
+
+    Attributes:
+        ring: KiB of its rows that wait in shared memory.
+        warps: that multiply, at most; each owns a slice of the columns.
+        registers: of a thread.
+    """
+
+    ring: int
+    warps: int
+    registers: int
+
+
+# Neighbours fit together into a multiprocessor: its 228 KiB, of which each CTA takes 1 KiB more than it asks for, and
+# its 65536 registers. gqkv, attention and o; attention, o and gate_up; gate_up and down; down, the next gqkv and its
+# attention. o has room for more than its rows, so that two of its CTAs do not fit beside gqkv on one multiprocessor.
+TILES = {
+    "gqkv": Tile(ring=148, warps=8, registers=64),
+    "o": Tile(ring=50, warps=8, registers=64),
+    "gate_up": Tile(ring=148, warps=8, registers=72),
+    "down": Tile(ring=65, warps=16, registers=64),
+}
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """What the kernel is compiled for.
+
+    Attributes:
+        rows, width: of the weight.
+        norm, swiglu, residual: what surrounds the product.
+        ctas: among which the rows are dealt, 4 at a time.
+        warps: that multiply.
+        slots: of the ring, 4 rows each.
+        registers: of a thread, at most.
+    """
+
+    rows: int
+    width: int
+    norm: bool
+    swiglu: bool
+    residual: bool
+    ctas: int
+    warps: int
+    slots: int
+    registers: int
+
+    @classmethod
+    def of(cls, rows: int, width: int, norm: bool, swiglu: bool, residual: bool, processors: int) -> "Geometry":
+        """For a weight on a GPU of so many multiprocessors, by `TILES`."""
+        tile = TILES["gate_up" if swiglu else "gqkv" if not residual else "down" if width > rows else "o"]
+        warps = tile.warps
+        while width % (32 * warps) and warps > 4:
+            warps //= 2
+        slots = max(1, tile.ring * 1024 // slot_bytes(width))
+        return cls(rows, width, norm, swiglu, residual, min(processors, rows // 4), warps, slots, tile.registers)
+
+    @property
+    def macros(self) -> tuple[str, ...]:
+        """Options of the compiler."""
+        values = {"K": self.width} | {
+            name.upper(): int(getattr(self, name))
+            for name in ("rows", "norm", "swiglu", "residual", "ctas", "warps", "slots", "registers")
+        }
+        return tuple(f"-D{name}={value}" for name, value in values.items())
+
+    @property
+    def threads(self) -> int:
+        return 32 * (self.warps + 1)
+
+    @property
+    def shared_bytes(self) -> int:
+        """The ring, its barriers, and the squares of each token's slices."""
+        return self.slots * (slot_bytes(self.width) + 16) + 4 * MAX_TOKENS * self.warps
+
+
+def slot_bytes(width: int) -> int:
+    """Of 4 rows, as `staged.cu` pads them."""
+    return 4 * (2 * width + 64)
+
+
+def fits(rows: int, width: int) -> bool:
+    """Whether the kernel takes a weight of this shape."""
+    return rows % 4 == 0 and width % 128 == 0 and slot_bytes(width) <= SHARED_BYTES // 2
+
+
+class Params(ctypes.Structure):
+    """Arguments of the kernel; by value, so that a CUDA graph holds them."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("x", "w", "residual", "out")),
+        ("tokens", ctypes.c_int),
+        ("shift", ctypes.c_int),
+        ("eps", ctypes.c_float),
+    ]
+
+
+Launch = Callable[[Params], None]
+
+
+@functools.cache
+def code_for(geometry: Geometry) -> bytes:
+    """Machine code of the kernel."""
+    return compile_for_hopper(source(*SOURCES), "staged.cu", geometry.macros)
+
+
+@functools.cache
+def kernel_for(rows: int, width: int, norm: bool, swiglu: bool, residual: bool, device: torch.device) -> Launch:
+    """The kernel's launcher; the first call for a weight's shape compiles, so it must come before a capture."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    geometry = Geometry.of(rows, width, norm, swiglu, residual, processors)
+    with torch.cuda.device(device):
+        return DependentKernel(code_for(geometry), "staged", geometry.ctas, geometry.threads, geometry.shared_bytes)
+
+
+def staged_linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    *,
+    norm_eps: float | None = None,
+    swiglu: bool = False,
+    residual: torch.Tensor | None = None,
+    kernel: Launch | None = None,
+) -> torch.Tensor:
+    """As `small_linear`, for bfloat16 and at most `MAX_TOKENS` tokens.
+
+    Args:
+        kernel: that runs it, where it is not the device's own.
+    """
+    tokens, width = x.shape
+    rows = weight.shape[0]
+    outputs = rows // 2 if swiglu else rows
+    assert 1 <= tokens <= MAX_TOKENS and x.is_contiguous() and (residual is None or residual.is_contiguous())
+    out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
+    launch = kernel or kernel_for(rows, width, norm_eps is not None, swiglu, residual is not None, x.device)
+    launch(
+        Params(
+            x.data_ptr(), weight.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr(),
+            tokens, (tokens - 1).bit_length(), norm_eps or 0.0,
+        )
+    )  # fmt: skip
+    return out
+
+
+def why_not(shapes: list[tuple[int, int, bool, bool, bool]], dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why projections cannot run on these kernels; None when they can. Compiles and loads them.
+
+    Args:
+        shapes: (rows, width, norm, swiglu, residual) of each.
+        dtype: of weights and activations.
+        device: where they are.
+    """
+    if dtype != torch.bfloat16:
+        return f"{dtype} is not bfloat16"
+    if _capability(device) != 9:
+        return "the device is not of the Hopper generation"
+    for rows, width, *_ in shapes:
+        if not fits(rows, width):
+            return f"a weight has the shape {(rows, width)}"
+    try:
+        for shape in shapes:
+            kernel_for(*shape, device)
+    except Exception as error:  # the bindings raise what they like when a library is not there
+        return f"they do not compile: {error}"
+    return None
