@@ -12,8 +12,14 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
+from hrm_text.config import HrmTextShape
 from hrm_text.kernels import staged
+from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.staged import Geometry, code_for, fits, slot_bytes, staged_linear, why_not
+from hrm_text.model import HrmTextBody
+from hrm_text.plain import PlainLayers, rope_table
+from hrm_text.plan import RecurrencePlan
 from tests.kernels.conftest import DEVICE
 from tests.kernels.emulation import Edit, Emulated
 from tests.kernels.test_linear import EPS, error, expected_linear
@@ -242,3 +248,34 @@ def test_a_chain_in_a_graph(tokens: int) -> None:
         x.copy_(given)
         graph.replay()
         assert all(torch.equal(*pair) for pair in zip(written, first, strict=True))
+
+
+@gpu
+@pytest.mark.parametrize("tokens", [1, 8])
+def test_a_step_on_them_equals_one_on_triton(tokens: int) -> None:
+    plan = RecurrencePlan(2, 1, 2)
+    shape = HrmTextShape(plan, 256, 384, 2, 64, 16, 4096, 10000.0, 1e-6, 1.0, False, True)
+    body = HrmTextBody(shape, PlainLayers(), "model").to(DEVICE, torch.bfloat16)
+    torch.manual_seed(tokens)
+    for parameter in body.parameters():
+        parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
+    x = torch.randn(tokens, 256, device=DEVICE, dtype=torch.bfloat16)
+    cache = torch.randn(plan.num_slots, 2, 16 * tokens, 1, 2, 64, device=DEVICE, dtype=torch.bfloat16)
+    table = torch.arange(16 * tokens, device=DEVICE).view(tokens, 16)
+    batch = DecodeBatch(
+        positions=torch.full((tokens,), 15, device=DEVICE),
+        write_slots=table[:, -1].contiguous(),
+        table=table.int(),
+        row_starts=None,
+        lengths=torch.full((tokens,), 16, dtype=torch.int32, device=DEVICE),
+        page_size=1,
+        cos_sin=rope_table(shape).to(DEVICE),
+    )
+    fused = FusedDecode(body, torch.device(DEVICE))
+    steps = []
+    for reason in (None, "compared with"):
+        assert fused.why_not_staged is None
+        fused.why_not_staged = reason
+        z_H, z_L = body.begin(x)
+        steps.append(fused(z_H, z_L.contiguous(), batch, lambda slot: (cache[slot, 0], cache[slot, 1])).double())
+    assert error(*steps) <= 4 * TOLERANCE  # which 8 layer calls add up to

@@ -124,8 +124,12 @@ def code_for(geometry: Geometry) -> bytes:
 
 
 @functools.cache
-def kernel_for(rows: int, width: int, norm: bool, swiglu: bool, residual: bool, device: torch.device) -> Launch:
-    """The kernel's launcher; the first call for a weight's shape compiles, so it must come before a capture."""
+def kernel_for(rows: int, width: int, norm: bool, swiglu: bool, residual: bool, device: int) -> Launch:
+    """The kernel's launcher; the first call for a weight's shape compiles, so it must come before a capture.
+
+    Args:
+        device: index of the GPU.
+    """
     processors = torch.cuda.get_device_properties(device).multi_processor_count
     geometry = Geometry.of(rows, width, norm, swiglu, residual, processors)
     with torch.cuda.device(device):
@@ -150,8 +154,9 @@ def staged_linear(
     rows = weight.shape[0]
     outputs = rows // 2 if swiglu else rows
     assert 1 <= tokens <= MAX_TOKENS and x.is_contiguous() and (residual is None or residual.is_contiguous())
+    assert x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0, "rows are copied in units of 16 bytes"
     out = torch.empty(tokens, outputs, dtype=x.dtype, device=x.device)
-    launch = kernel or kernel_for(rows, width, norm_eps is not None, swiglu, residual is not None, x.device)
+    launch = kernel or kernel_for(rows, width, norm_eps is not None, swiglu, residual is not None, x.device.index)
     launch(
         Params(
             x.data_ptr(), weight.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr(),
@@ -178,7 +183,7 @@ def why_not(shapes: list[tuple[int, int, bool, bool, bool]], dtype: torch.dtype,
             return f"a weight has the shape {(rows, width)}"
     try:
         for shape in shapes:
-            kernel_for(*shape, device)
+            kernel_for(*shape, torch.cuda.current_device() if device.index is None else device.index)
     except Exception as error:  # the bindings raise what they like when a library is not there
         return f"they do not compile: {error}"
     return None
