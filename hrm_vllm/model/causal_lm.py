@@ -31,6 +31,7 @@ class HrmTextModel(HrmTextBody):
         stage = shape.plan.stage(group.rank_in_group, group.world_size)
         super().__init__(shape, VllmLayers(vllm_config), prefix, stage)
         self._passes = Passes(self, vllm_config)
+        self.compiled = self._passes.compiled
 
     def recur(
         self, positions: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor, context: Any = None

@@ -57,25 +57,29 @@ class Passes:
     Args:
         body: of the model.
         config: of the engine.
+
+    Attributes:
+        compiled: what vLLM compiles, by the stack's letter. The model must have these among its modules: PIECEWISE
+            graphs are captured only of one that has compiled modules.
     """
 
     def __init__(self, body: HrmTextBody, config: VllmConfig) -> None:
         self._body = body
         self._first: dict[str, int] = {}
-        self._compiled: dict[str, Any] = {}
+        self.compiled = nn.ModuleDict()
         for kind, stack, make in (("L", body.L_module, LPass), ("H", body.H_module, HPass)):
             steps = [step for step in body.stage if body.steps[step] == kind]
             if steps:
                 self._first[kind] = steps[0]
                 with set_model_tag(f"hrm_text_{kind}"):
-                    self._compiled[kind] = make(vllm_config=config, stack=stack, step=steps[0])
+                    self.compiled[kind] = make(vllm_config=config, stack=stack, step=steps[0])
         tokens = config.scheduler_config.max_num_batched_tokens
         self._input = torch.empty(tokens, body.shape.hidden_size)
 
     def __call__(self, positions: torch.Tensor, z: torch.Tensor, other: torch.Tensor, step: int) -> torch.Tensor:
         """The state after `step`, of the state `z` that it updates and the other one, each (tokens, hidden)."""
         kind = self._body.steps[step]
-        run, first = self._compiled[kind], self._first[kind]
+        run, first = self.compiled[kind], self._first[kind]
         if run.do_not_compile:
             stack = run.stack[0]
             return stack(positions, z + other, step, None)

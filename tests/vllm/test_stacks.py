@@ -27,6 +27,13 @@ COMPILED: dict[str, Any] = {
 P = prompt(120)
 
 
+def seen_as_compiled(llm: Any) -> bool:
+    """Whether Model Runner V2, which is for GPUs, would capture PIECEWISE graphs of the model."""
+    from vllm.v1.worker.gpu.cudagraph_utils import has_compiled_submodule
+
+    return llm.apply_model(has_compiled_submodule)[0]
+
+
 def graphs(llm: Any) -> tuple[int, int]:
     """How many models, and pieces of them, vLLM compiled."""
     from vllm.compilation.counter import compilation_counter
@@ -48,6 +55,7 @@ def test_compiled_stacks(tiny: str, reference: Any, sabotage: str | None) -> Non
         assert engine.call(event_counts)["chunks"]
         assert (worst <= TOLERANCE) == (sabotage is None), worst
         # Two stacks, cut before and behind each layer's KV write and attention: a piece more than cuts.
+        assert engine.call(seen_as_compiled)
         models, pieces = engine.call(graphs)
         assert models == 2
         assert pieces < 2 * (4 * TINY["num_hidden_layers"] + 2)
