@@ -16,16 +16,14 @@ RENDERER_MODE = "hrm_text"
 def _model_class() -> Hook:
     from vllm import ModelRegistry
 
-    def holds() -> bool:
-        entry = ModelRegistry.models.get(ARCHITECTURE)
-        return f"{getattr(entry, 'module_name', '')}:{getattr(entry, 'class_name', '')}" == MODEL
+    from hrm_vllm.model_info import InspectedHere
+
+    entry = InspectedHere(*MODEL.split(":"))
 
     def install() -> None:
-        if not holds():
-            # vLLM warns that the in-tree class is overwritten; that is the point.
-            ModelRegistry.register_model(ARCHITECTURE, MODEL)
+        ModelRegistry.models[ARCHITECTURE] = entry
 
-    return Hook("model class", install, holds)
+    return Hook("model class", install, lambda: ModelRegistry.models.get(ARCHITECTURE) == entry)
 
 
 def _model_config() -> Hook:

@@ -3,6 +3,8 @@
 `tests/yardstick.py` says what each dtype is compared with; FlashAttention has no float32 at all.
 """
 
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -120,6 +122,12 @@ def test_cache_hits(
     print(f"\n{name}: {hits} hits, worst {worst:.2e}")
     assert hits >= 2
     assert worst <= 2 * of_engine(name, yardsticks).largest
+
+
+def test_inspecting_the_model_leaves_cuda_alone() -> None:
+    """vLLM forks behind it, which a process with CUDA must not."""
+    code = "import torch, hrm_vllm.model; assert not torch.cuda.is_initialized()"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_decode_replays_full_graphs(engines: Mapping[str, Engine]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from vllm.plugins import load_general_plugins
 
-from hrm_vllm import compat
+from hrm_vllm import ARCHITECTURE, compat
 from hrm_vllm.hooks import HookError, expect, wrap
 from hrm_vllm.install import all_hooks, install
 
@@ -76,3 +76,16 @@ def test_a_missing_module_names_the_hook() -> None:
 def _lookup(target: str) -> Any:
     module, _, path = target.partition(":")
     return reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def test_vllm_asks_about_the_model_without_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm import ModelRegistry
+    from vllm.model_executor.models import registry
+
+    def started(*_: Any) -> None:
+        raise AssertionError("a process")
+
+    install()
+    monkeypatch.setattr(registry, "_run_in_subprocess", started)
+    entry: Any = ModelRegistry.models[ARCHITECTURE]
+    assert entry.inspect_model_cls().supports_pp
