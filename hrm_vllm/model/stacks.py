@@ -9,7 +9,6 @@ stack's input has to lie where it lay then, and its output is the graph's, which
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import nn
