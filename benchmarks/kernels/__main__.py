@@ -32,6 +32,7 @@ REPEATS = 30
 def milliseconds(work: Callable[[], object]) -> float:
     """Median time of a CUDA graph of `work`."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())  # where what it reads is made
     with torch.cuda.stream(stream):
         work()
     stream.synchronize()
