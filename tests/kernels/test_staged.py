@@ -139,7 +139,7 @@ def test_bad_numbers_come_through(tokens: int) -> None:
 BROKEN = {
     "the kernel before": ("  wait_for_last_kernel();\n", ""),
     "a slot's rows": ("if (i < there) wait(&ring.full[(begin + i) % SLOTS], (begin + i) / SLOTS & 1);", ";"),
-    "room in the ring": ("    wait(&ring.empty[slot], i / SLOTS - 1 & 1);\n", ""),
+    "room in the ring": ("    if (i >= SLOTS) wait(&ring.empty[slot], i / SLOTS - 1 & 1);\n", ""),
     "the last product": ("  sync_consumers();  // nobody reads a slot any more, and none is on its way\n", ""),
 }
 
@@ -188,8 +188,6 @@ def test_neighbours_fit_on_a_multiprocessor() -> None:
         assert sum(each.shared_bytes + 1024 for each in chosen) + attentions * 2048 <= 228 * 1024, names
         registers = sum(each.threads * each.registers for each in chosen)
         assert registers + attentions * 64 * 96 <= 65536, names
-    one, two = tiles["gqkv"].shared_bytes + 1024, tiles["o"].shared_bytes + 1024
-    assert one + 2 * two > 228 * 1024
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)

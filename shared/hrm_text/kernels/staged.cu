@@ -54,7 +54,11 @@ struct Share {
   }
 };
 
-// ---- The producer: a lane copies one row of 8 quads at a time while the ring has room, then of one.
+// ---- The producer: a lane for each row of a quad.
+
+// Quads on their way at a time: as many as bandwidth needs. With the whole ring asked for at once, what the kernels around
+// wait for (x, the cache) queues behind 20 MB of W.
+constexpr int AHEAD = 4;
 
 DEVICE const u16* row_of(const u16* w, int quad, int row) {
   const int at = SWIGLU ? 2 * quad + row % 2 + row / 2 * OUTPUTS : 4 * quad + row;
@@ -63,17 +67,13 @@ DEVICE const u16* row_of(const u16* w, int quad, int row) {
 
 DEVICE void produce(const Params& p, const Ring& ring, const Share& share, int lane) {
   const u64 policy = read_once_policy();
-  const int row = lane % 4, there = share.count < SLOTS ? share.count : SLOTS;
-  for (int i = lane / 4; i < there; i += 8) {
-    if (row == 0) barrier_expect(&ring.full[i], 8 * K);
-    fetch(ring.slots + i * SLOT + row * ROW, row_of(p.w, share.first + i, row), 2 * K, &ring.full[i], policy);
-  }
-  for (int i = SLOTS; i < share.count; i++) {
-    const int slot = i % SLOTS;
-    wait(&ring.empty[slot], i / SLOTS - 1 & 1);
+  for (int i = 0; i < share.count; i++) {
+    const int slot = i % SLOTS, last = i - AHEAD;
+    if (i >= SLOTS) wait(&ring.empty[slot], i / SLOTS - 1 & 1);
+    if (AHEAD < SLOTS && last >= 0) wait(&ring.full[last % SLOTS], last / SLOTS & 1);
     if (lane == 0) barrier_expect(&ring.full[slot], 8 * K);
     if (lane < 4)
-      fetch(ring.slots + slot * SLOT + row * ROW, row_of(p.w, share.first + i, row), 2 * K, &ring.full[slot], policy);
+      fetch(ring.slots + slot * SLOT + lane * ROW, row_of(p.w, share.first + i, lane), 2 * K, &ring.full[slot], policy);
   }
 }
 

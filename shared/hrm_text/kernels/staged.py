@@ -32,12 +32,12 @@ class Tile:
 
 # Neighbours fit together into a multiprocessor: its 228 KiB, of which each CTA takes 1 KiB more than it asks for, and
 # its 65536 registers. gqkv, attention and o; attention, o and gate_up; gate_up and down; down, the next gqkv and its
-# attention. o has room for more than its rows, so that two of its CTAs do not fit beside gqkv on one multiprocessor.
+# attention.
 TILES = {
-    "gqkv": Tile(ring=148, warps=8, registers=64),
+    "gqkv": Tile(ring=112, warps=8, registers=64),
     "o": Tile(ring=50, warps=8, registers=64),
-    "gate_up": Tile(ring=148, warps=8, registers=72),
-    "down": Tile(ring=65, warps=16, registers=64),
+    "gate_up": Tile(ring=124, warps=8, registers=72),
+    "down": Tile(ring=98, warps=16, registers=64),
 }
 
 
