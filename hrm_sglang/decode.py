@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from hrm_text.kernels.ahead import compile_ahead
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.choice import choose
 from hrm_text.kernels.decode import FusedDecode
@@ -34,8 +35,8 @@ class Decoder:
         if not forward_batch.forward_mode.is_decode():
             return None
         backend = _backend()
-        if not self._decided:
-            self._decided = True
+        first, self._decided = not self._decided, True
+        if first:
             reason = _why_not(backend, z_H.dtype)
             self.fused = choose(self._body, z_H.dtype, z_H.device, "SGLang", reason, logger)
         if self.fused is None:
@@ -48,6 +49,8 @@ class Decoder:
             k, v = backend.token_to_kv_pool.get_kv_buffer(slot)
             return k.unsqueeze(1), v.unsqueeze(1)
 
+        if first:  # with graphs that is the largest of them
+            compile_ahead(self.fused, batch, caches, len(positions))
         return self.fused(z_H, z_L, batch, caches)
 
 

@@ -38,7 +38,7 @@ class Decoder:
         check_option()  # so that a wrong one stops the engine as it starts
         self._body = body
         self._config = config
-        self._decided = False
+        self._decided = self._compiled = False
         self._layers = _attention_layers(body)
         self.fused: FusedDecode | None = None
 
@@ -65,6 +65,11 @@ class Decoder:
             page_size=next(iter(self._layers.values())).kv_cache.shape[2],
             cos_sin=self._cos_sin,
         )
+        if not self._compiled:
+            from hrm_text.kernels.ahead import compile_ahead
+
+            self._compiled = True
+            compile_ahead(self.fused, batch, self._caches, self._config.scheduler_config.max_num_seqs)
         z_H, z_L = self._body.begin(self._body.embed(input_ids))
         # For the norm behind each stack: where vLLM compiles, it leaves this op to the compiler, which sees nothing
         # here, and plain torch takes seven kernels for it.

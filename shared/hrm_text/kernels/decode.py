@@ -63,7 +63,7 @@ class FusedDecode:
             stack = body.L_module if body.steps[step] == "L" else body.H_module
             x = z_L + z_H
             for index, block in enumerate(stack.layers):
-                x = self._block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
+                x = self.block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
             if body.steps[step] == "L":
                 z_L = stack.final_norm(x)
             else:
@@ -75,9 +75,10 @@ class FusedDecode:
         few = tokens <= staged.MAX_TOKENS and self.why_not_staged is None
         return staged.staged_linear if few else small_linear
 
-    def _block(
+    def block(
         self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
+        """A layer call: (tokens, hidden) to the same, with the cache of its KV slot."""
         attention, mlp = block.self_attn, block.mlp
         if len(x) <= MAX_TOKENS:
             small = self.small_linear(len(x))

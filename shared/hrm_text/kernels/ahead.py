@@ -1,0 +1,65 @@
+"""Kernels of every batch size, compiled side by side before the engine asks for one after the other."""
+
+import copy
+import os
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+
+from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
+from hrm_text.kernels.decode import FusedDecode, KVCaches, weight_shapes
+from hrm_text.kernels.gemm import Projections
+
+# One for each set of kernels that differ in what the compiler knows of the batch.
+SIZES = (1, 4, 8, 16, 32, 64, 96, 128, 256, 512)
+
+
+def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most: int) -> None:
+    """Run a layer for batches of up to `most` requests, each size in a thread: compilers rarely hold Python's lock.
+
+    Args:
+        fused: whose kernels they are.
+        batch: the engine's first one, for what its tensors look like.
+        caches: the engine's.
+        most: requests that it decodes at once.
+    """
+    device = batch.positions.device
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+
+    def run(size: int) -> None:
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.inference_mode():
+            run_empty(fused, batch, caches, size)
+
+    torch.cuda.synchronize(device)  # these streams wait for nobody
+    with ThreadPoolExecutor(min(len(SIZES), os.cpu_count() or 1)) as pool:
+        list(pool.map(run, [size for size in SIZES if size <= most]))
+    torch.cuda.synchronize(device)
+
+
+def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:
+    """A layer call for `size` padding requests, which read and write no cache, with scratch memory of its own."""
+    body, device = fused.body, batch.positions.device
+    shape, dtype = body.shape, next(body.parameters()).dtype
+    own = copy.copy(fused)
+    own.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
+    own.attention.all_shared = fused.attention.all_shared
+    own.project = Projections(list(weight_shapes(shape).values()), dtype, device)
+    step = body.stage[0]
+    stack = body.L_module if body.steps[step] == "L" else body.H_module
+    x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
+    return own.block(x, stack.layers[0], empty_batch(batch, size), *caches(shape.plan.slot(step, 0)))
+
+
+def empty_batch(batch: DecodeBatch, size: int) -> DecodeBatch:
+    """`size` padding requests of one token each, in tensors like those of `batch`."""
+    table, starts, lengths = batch.table, batch.row_starts, batch.lengths
+    return DecodeBatch(
+        positions=batch.positions.new_zeros(size),
+        write_slots=batch.write_slots.new_full((size,), -1),
+        table=table.new_zeros((size, table.stride(0)) if starts is None else (size,)),
+        row_starts=None if starts is None else torch.arange(size + 1, dtype=starts.dtype, device=starts.device),
+        lengths=None if lengths is None else lengths.new_ones(size),
+        page_size=batch.page_size,
+        cos_sin=batch.cos_sin,
+    )

@@ -1,0 +1,92 @@
+"""Kernels compiled ahead are those that decode steps run, and their made-up requests leave no trace."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from hrm_text.config import HrmTextShape
+from hrm_text.kernels import attention, attention_many, gemm, linear
+from hrm_text.kernels.ahead import compile_ahead, run_empty
+from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.decode import FusedDecode
+from hrm_text.model import HrmTextBody
+from hrm_text.plain import PlainLayers, rope_table
+from hrm_text.plan import RecurrencePlan
+from tests.kernels.conftest import DEVICE
+
+PLAN = RecurrencePlan(1, 1, 1)
+SHAPE = HrmTextShape(PLAN, 128, 128, 2, 64, 16, 4096, 10000.0, 1e-6, 1.0, False, True)
+DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
+CONTEXT = 16
+KERNELS: tuple[Any, ...] = (
+    attention._decode,
+    attention_many._decode_many,
+    gemm._gemm,
+    linear._in_registers,
+    linear._on_tensor_cores,
+)
+
+
+class Step:
+    """A decode batch with its caches.
+
+    Args:
+        requests: in it.
+        ragged: whether its table is flat, as SGLang's.
+    """
+
+    def __init__(self, requests: int, ragged: bool) -> None:
+        self.cache = torch.randn(PLAN.num_slots, 2, CONTEXT * requests, 1, 2, 64, device=DEVICE, dtype=DTYPE)
+        table = torch.arange(CONTEXT * requests, dtype=torch.int32, device=DEVICE).view(requests, CONTEXT)
+        starts = torch.arange(requests + 1, dtype=torch.int32, device=DEVICE) * CONTEXT
+        self.batch = DecodeBatch(
+            positions=torch.full((requests,), CONTEXT - 1, device=DEVICE),
+            write_slots=table[:, -1].long(),
+            table=table.flatten() if ragged else table,
+            row_starts=starts if ragged else None,
+            lengths=None if ragged else torch.full((requests,), CONTEXT, dtype=torch.int32, device=DEVICE),
+            page_size=1,
+            cos_sin=rope_table(SHAPE).to(DEVICE),
+        )
+
+    def caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.cache[slot, 0], self.cache[slot, 1]
+
+
+@pytest.fixture
+def fused() -> FusedDecode:
+    body = HrmTextBody(SHAPE, PlainLayers(), "model").to(DEVICE, DTYPE)
+    for parameter in body.parameters():
+        parameter.data.normal_(0, 0.05)
+    return FusedDecode(body, torch.device(DEVICE))
+
+
+@pytest.mark.parametrize("ragged", [False, True])
+@pytest.mark.parametrize("size", [1, 5, 17])
+def test_caches_are_neither_read_nor_written(fused: FusedDecode, size: int, ragged: bool) -> None:
+    step = Step(2, ragged)
+    step.cache.fill_(float("nan"))
+    with torch.inference_mode():
+        result = run_empty(fused, step.batch, step.caches, size)
+    assert result.shape == (size, SHAPE.hidden_size)
+    assert result.isfinite().all()
+    assert step.cache.isnan().all()
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="an interpreter compiles nothing")
+@pytest.mark.parametrize("ragged", [False, True])
+def test_steps_compile_nothing_more(fused: FusedDecode, ragged: bool) -> None:
+    def compiled() -> int:
+        return sum(len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values())
+
+    before = compiled()
+    first = Step(3, ragged)
+    compile_ahead(fused, first.batch, first.caches, 128)
+    assert (there := compiled()) > before
+    for requests in (1, 3, 8, 13, 16, 17, 40, 64, 65, 128):
+        step = Step(requests, ragged)
+        z_H, z_L = fused.body.begin(torch.randn(requests, SHAPE.hidden_size, device=DEVICE, dtype=DTYPE))
+        with torch.inference_mode():
+            fused(z_H, z_L.contiguous(), step.batch, step.caches)
+        assert compiled() == there, requests
