@@ -1,14 +1,12 @@
 """Kernels of every batch size, compiled side by side before the engine asks for one after the other."""
 
-import copy
 import os
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
-from hrm_text.kernels.decode import FusedDecode, KVCaches, weight_shapes
-from hrm_text.kernels.gemm import Projections
+from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.decode import FusedDecode, KVCaches
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
 SIZES = (1, 4, 8, 16, 32, 64, 96, 128, 256, 512)
@@ -41,10 +39,7 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     """A layer call for `size` padding requests, which read and write no cache, with scratch memory of its own."""
     body, device = fused.body, batch.positions.device
     shape, dtype = body.shape, next(body.parameters()).dtype
-    own = copy.copy(fused)
-    own.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
-    own.attention.all_shared = fused.attention.all_shared
-    own.project = Projections(list(weight_shapes(shape).values()), dtype, device)
+    own = FusedDecode(body, device)
     step = body.stage[0]
     stack = body.L_module if body.steps[step] == "L" else body.H_module
     x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)

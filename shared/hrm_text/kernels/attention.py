@@ -16,7 +16,7 @@ from hrm_text.kernels.attention_parts import combined, rotated, scratch
 from hrm_text.kernels.launch import dependent_launch, launch_options
 from hrm_text.kernels.nvrtc import carve_out
 
-MAX_SPLITS = 16
+MAX_SPLITS = 32
 MAX_SPLIT_TOKENS = 16  # larger batches fill the chip with fewer
 
 
@@ -237,8 +237,4 @@ class DecodeAttention:
 
 def tile(splits: int) -> tuple[int, int, int]:
     """(tokens a program takes at a time, stages of its pipeline, warps)."""
-    if splits == MAX_SPLITS:  # few programs: each as short as can be
-        return 16, 1, 2
-    if splits == 1:
-        return 16, 3, 2
-    return (64 if splits > 2 else 32), 1, 4
+    return (16, 3, 2) if splits == 1 or splits > 8 else (32, 2, 2)

@@ -1,6 +1,7 @@
 """CUDA kernels compiled at run time by NVRTC, and their launch."""
 
 import ctypes
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ class DependentKernel:
     ) -> None:
         from cuda.bindings import driver
 
-        self.driver = driver
+        self.driver, self.lock = driver, threading.Lock()
         torch.zeros(1, device="cuda")  # binds the device's context to this thread
         self.module = _checked(driver.cuModuleLoadData(code))
         self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()))
@@ -91,5 +92,6 @@ class DependentKernel:
 
     def __call__(self, params: ctypes.Structure) -> None:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        self.config.hStream = self.driver.CUstream(torch.cuda.current_stream().cuda_stream)
-        _checked(self.driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(arguments), 0))
+        with self.lock:  # `ahead.py` launches from several threads
+            self.config.hStream = self.driver.CUstream(torch.cuda.current_stream().cuda_stream)
+            _checked(self.driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(arguments), 0))

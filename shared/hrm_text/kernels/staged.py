@@ -3,6 +3,7 @@
 import ctypes
 import functools
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -182,8 +183,9 @@ def why_not(shapes: list[tuple[int, int, bool, bool, bool]], dtype: torch.dtype,
         if not fits(rows, width):
             return f"a weight has the shape {(rows, width)}"
     try:
-        for shape in shapes:
-            kernel_for(*shape, torch.cuda.current_device() if device.index is None else device.index)
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with ThreadPoolExecutor(len(shapes)) as pool:  # side by side, for a compilation takes a second
+            list(pool.map(lambda shape: kernel_for(*shape, index), shapes))
     except Exception as error:  # the bindings raise what they like when a library is not there
         return f"they do not compile: {error}"
     return None
