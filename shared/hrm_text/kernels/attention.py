@@ -237,4 +237,6 @@ class DecodeAttention:
 
 def tile(splits: int) -> tuple[int, int, int]:
     """(tokens a program takes at a time, stages of its pipeline, warps)."""
-    return (16, 3, 2) if splits == 1 or splits > 8 else (32, 2, 2)
+    if splits >= 16:  # one or two requests: a program each for contexts that are not long
+        return 64, 1, 4
+    return (32, 2, 2) if splits == 2 else (16, 3, 2)
