@@ -91,7 +91,7 @@ def main() -> None:
         else:
             assert stack == 0 and registers <= geometry.registers
             print("staged", geometry.rows, width, geometry.shared_bytes, "registers", registers)
-        one = {"BLOCK": block, "COLUMNS": register_columns(width), "TOKENS": 1, "PDL": True}
+        one = {"BLOCK": block, "COLUMNS": register_columns(width), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)
         few = {"TOKENS": MAX_TOKENS, "BLOCK": TILE_ROWS, "PARTS": warps, "COLUMNS": columns, "PDL": True}

@@ -11,7 +11,6 @@ from hrm_text.kernels.launch import dependent_launch, launch_options
 
 MAX_TOKENS = 16  # columns of one tensor-core tile
 TILE_ROWS = 16  # of one tensor-core tile
-MAX_REGISTER_TOKENS = 1  # a step of 1: 3.1 ms, 3.6 on tensor cores; of 2: 4.2 and 3.8 (H200, the 1B)
 
 
 @triton.jit
@@ -32,11 +31,9 @@ def _in_registers(
     w_ptr,
     residual_ptr,
     out_ptr,
-    tokens,
     rows,
     eps,
     K: tl.constexpr,
-    TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     NORM: tl.constexpr,
@@ -44,7 +41,7 @@ def _in_registers(
     RESIDUAL: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """`BLOCK` rows of W, which wait in registers when the last kernel ends, against one token after the other.
+    """`BLOCK` rows of W, which wait in registers when the last kernel ends, against one token.
 
     A warp holds whole rows, in parts of `COLUMNS` that it adds up before anything crosses its lanes.
     """
@@ -62,28 +59,24 @@ def _in_registers(
             u += (tl.load(start + rows * K + part * COLUMNS, mask=mask[:, None], other=0.0),)  # type: ignore[assignment]
     if PDL:
         tl.extra.cuda.gdc_wait()
-    for token in tl.static_range(TOKENS):
-        # Everything that the last kernel wrote is asked for at once.
-        offsets = token * rows + row
-        write = mask & (offsets < tokens * rows)
-        residual = tl.zeros((BLOCK,), tl.float32)
-        if RESIDUAL:
-            residual = tl.load(residual_ptr + offsets, mask=write, other=0.0).to(tl.float32)
-        products = tl.zeros((BLOCK, COLUMNS), tl.float32)
-        ups = tl.zeros((BLOCK, COLUMNS), tl.float32)
-        squares = tl.zeros((BLOCK, COLUMNS), tl.float32)
-        for part in tl.static_range(K // COLUMNS):
-            # Every row's own copy, so that it is loaded where it is needed and not shuffled there.
-            at = token * K + part * COLUMNS + column[None, :] + 0 * row[:, None]
-            x = tl.load(x_ptr + at, mask=at < tokens * K, other=0.0).to(tl.float32)
-            products += w[part].to(tl.float32) * x
-            if SWIGLU:
-                ups += u[part].to(tl.float32) * x
-            if NORM:
-                squares += x * x
-        product, up = tl.sum(products, 1), tl.sum(ups, 1)
-        product = _finish(product, up, tl.sum(squares, 1), residual, K, eps, NORM, SWIGLU)
-        tl.store(out_ptr + offsets, product.to(out_ptr.dtype.element_ty), mask=write)
+    # Everything that the last kernel wrote is asked for at once.
+    residual = tl.zeros((BLOCK,), tl.float32)
+    if RESIDUAL:
+        residual = tl.load(residual_ptr + row, mask=mask, other=0.0).to(tl.float32)
+    products = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    ups = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    squares = tl.zeros((BLOCK, COLUMNS), tl.float32)
+    for part in tl.static_range(K // COLUMNS):
+        # Every row's own copy, so that it is loaded where it is needed and not shuffled there.
+        x = tl.load(x_ptr + part * COLUMNS + column[None, :] + 0 * row[:, None]).to(tl.float32)
+        products += w[part].to(tl.float32) * x
+        if SWIGLU:
+            ups += u[part].to(tl.float32) * x
+        if NORM:
+            squares += x * x
+    product, up = tl.sum(products, 1), tl.sum(ups, 1)
+    product = _finish(product, up, tl.sum(squares, 1), residual, K, eps, NORM, SWIGLU)
+    tl.store(out_ptr + row, product.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["tokens"])  # one compilation, not one for multiples of 16 too
@@ -188,11 +181,10 @@ def small_linear(
         "RESIDUAL": residual is not None,
     }
     eps = norm_eps or 0.0
-    if tokens <= MAX_REGISTER_TOKENS:
+    if tokens == 1:  # a step takes 3.1 ms, 3.6 on tensor cores; with 2 tokens 4.2 and 3.8 (H200, the 1B)
         block, warps = register_tile(width)
         _in_registers[(triton.cdiv(rows, block),)](
-            x, weight, residual, out, tokens, rows, eps, width,
-            TOKENS=triton.next_power_of_2(tokens), BLOCK=block, COLUMNS=register_columns(width),
+            x, weight, residual, out, rows, eps, width, BLOCK=block, COLUMNS=register_columns(width),
             PDL=dependent_launch(x.device), num_warps=warps, **launch_options(x.device), **flags,
         )  # fmt: skip
     else:
