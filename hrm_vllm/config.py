@@ -126,14 +126,18 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
 
 
 def _set_token_budget(vllm_config: VllmConfig) -> None:
-    """Raise a default budget so that the longest span fits beside a full batch of decodes."""
+    """Leave a default budget to prompts: any span fits, and a full batch of decodes comes on top.
+
+    Spans are not cut, so one that lacks a few tokens of room waits for the next step, and its room stays empty: with
+    decodes inside the budget that happens at every step of equal prompts whose length divides it.
+    """
     scheduler = vllm_config.scheduler_config
     speculative = vllm_config.speculative_config
     drafts = speculative.num_speculative_tokens if speculative is not None else 0
-    needed = vllm_config.model_config.max_model_len + scheduler.max_num_seqs * (1 + drafts)
-    if not budget_is_explicit.get() and scheduler.max_num_batched_tokens < needed:
-        logger.info("HRM-Text: max_num_batched_tokens raised to %d, so that any span fits one step", needed)
-        scheduler.max_num_batched_tokens = needed
+    prompts = max(vllm_config.model_config.max_model_len, scheduler.max_num_batched_tokens)
+    if not budget_is_explicit.get():
+        scheduler.max_num_batched_tokens = prompts + scheduler.max_num_seqs * (1 + drafts)
+        logger.info("HRM-Text: max_num_batched_tokens set to %d", scheduler.max_num_batched_tokens)
 
 
 def _set_attention_backend(vllm_config: VllmConfig) -> None:

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from vllm.config import SchedulerConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from hrm_text.names import nano_path
@@ -72,6 +73,9 @@ def test_nothing_is_switched_off() -> None:
 def test_a_default_budget_holds_any_span_and_a_chosen_one_is_kept(tiny: str) -> None:
     default = configure(tiny, skip_tokenizer_init=True, max_num_seqs=2000).scheduler_config
     assert default.max_num_batched_tokens >= 256 + 2000
+    # Decodes come on top: prompts that fill vLLM's own budget together do so still while a full batch decodes.
+    usual = configure(tiny, skip_tokenizer_init=True, max_num_seqs=100).scheduler_config
+    assert usual.max_num_batched_tokens == SchedulerConfig.DEFAULT_MAX_NUM_BATCHED_TOKENS + 100
     chosen = configure(tiny, skip_tokenizer_init=True, max_num_seqs=64, max_num_batched_tokens=64).scheduler_config
     assert chosen.max_num_batched_tokens == 64
 
