@@ -16,8 +16,10 @@ RENDERER_MODE = "hrm_text"
 def _model_class() -> Hook:
     from vllm import ModelRegistry
 
-    from hrm_vllm.model_info import InspectedHere
-
+    try:
+        from hrm_vllm.model_info import InspectedHere
+    except ImportError as error:
+        raise HookError("model class", str(error)) from error
     entry = InspectedHere(*MODEL.split(":"))
 
     def install() -> None:
@@ -97,6 +99,12 @@ def all_hooks() -> list[Hook]:
             "model runner V2 metadata",
             "v1/worker/gpu/attn_utils.py",
             "model_specific_attn_metadata.get_extra_attn_kwargs(",
+        ),
+        # A compiled stack runs at other steps by what it finds here under its layers' names.
+        expect(
+            "one compilation for every step",
+            "model_executor/layers/attention/attention.py",
+            "= forward_context.no_compile_layers[layer_name]",
         ),
         expect(
             "FA3's schedule of a split batch", "v1/attention/backends/flash_attn.py", "def _get_scheduler_metadata("

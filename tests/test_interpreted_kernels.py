@@ -54,7 +54,7 @@ def test_where_they_run(
         monkeypatch.delenv("HRM_TEXT_KERNELS", raising=False)
     else:
         monkeypatch.setenv("HRM_TEXT_KERNELS", value)
-    monkeypatch.setattr(launch, "_capability", lambda device: capability)
+    monkeypatch.setattr(launch, "capability", lambda device: capability)
     assert launch.why_off(torch.device("cpu")) == reason
 
 

@@ -33,9 +33,6 @@ class Pass(nn.Module):
         self.stack = (stack,)
         self.step = step
 
-    def forward(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        return self.stack[0](positions, x, self.step, None)
-
 
 # vLLM keeps what it compiled under the name of the method, so each stack has its own.
 @support_torch_compile

@@ -1,6 +1,7 @@
 """Every hook fails closed: what it attaches to is gone, and start-up stops with its name."""
 
 import importlib
+import sys
 from functools import reduce
 from typing import Any
 
@@ -76,6 +77,15 @@ def test_a_missing_module_names_the_hook() -> None:
 def _lookup(target: str) -> Any:
     module, _, path = target.partition(":")
     return reduce(getattr, path.split("."), importlib.import_module(module))
+
+
+def test_a_registry_that_changed_names_the_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.models import registry
+
+    monkeypatch.delattr(registry, "_LazyRegisteredModel")
+    monkeypatch.delitem(sys.modules, "hrm_vllm.model_info")
+    with pytest.raises(HookError, match=r"'model class'.*vLLM 0\.3.*_LazyRegisteredModel"):
+        install()
 
 
 def test_vllm_asks_about_the_model_without_another_process(monkeypatch: pytest.MonkeyPatch) -> None:

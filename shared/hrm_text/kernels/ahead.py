@@ -31,7 +31,7 @@ def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most
 
     torch.cuda.synchronize(device)  # these streams wait for nobody
     with ThreadPoolExecutor(min(len(SIZES), os.cpu_count() or 1)) as pool:
-        list(pool.map(run, [size for size in SIZES if size <= most]))
+        list(pool.map(run, {min(size, most) for size in SIZES}))
     torch.cuda.synchronize(device)
 
 

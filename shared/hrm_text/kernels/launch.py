@@ -41,13 +41,13 @@ def why_off(device: torch.device) -> str | None:
         return f"{KERNELS_OPTION}=0"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if wanted is None and _capability(device) != 9:
+    if wanted is None and capability(device) != 9:
         return f"they were verified on Hopper GPUs only; {KERNELS_OPTION}=1 tries them here"
     return None
 
 
 @functools.cache
-def _capability(device: torch.device) -> int:
+def capability(device: torch.device) -> int:
     """Major compute capability of an NVIDIA GPU; 0 for anything else."""
     nvidia = device.type == "cuda" and torch.version.hip is None
     return torch.cuda.get_device_capability(device)[0] if nvidia else 0
@@ -55,7 +55,7 @@ def _capability(device: torch.device) -> int:
 
 def dependent_launch(device: torch.device) -> bool:
     """Whether kernels on `device` may overlap: Hopper or later."""
-    return _capability(device) >= 9
+    return capability(device) >= 9
 
 
 def launch_options(device: torch.device) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_text.kernels.launch import _capability
+from hrm_text.kernels.launch import capability
 from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source
 
 MAX_TOKENS = 8
@@ -177,7 +177,7 @@ def why_not(shapes: list[tuple[int, int, bool, bool, bool]], dtype: torch.dtype,
     """
     if dtype != torch.bfloat16:
         return f"{dtype} is not bfloat16"
-    if _capability(device) != 9:
+    if capability(device) != 9:
         return "the device is not of the Hopper generation"
     for rows, width, *_ in shapes:
         if not fits(rows, width):
