@@ -5,15 +5,17 @@ from typing import Any
 
 import torch
 from vllm import envs
-from vllm.config import CompilationMode, ModelConfig, VllmConfig
+from vllm.config import CompilationMode, CUDAGraphMode, ModelConfig, VllmConfig
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from hrm_text.config import read_config
 from hrm_text.envelope import ChatEncoder
+from hrm_text.kernels import launch
 from hrm_text.spans import Envelope, SpanRule
 from hrm_vllm.attention import SUPPORTED_BACKENDS
+from hrm_vllm.decode import why_not_config
 from hrm_vllm.model_names import budget_is_explicit
 from hrm_vllm.spans import set_rule
 
@@ -62,6 +64,7 @@ class HrmTextConfigHook:
         _set_attention_backend(vllm_config)
         _set_graph_sizes(vllm_config)
         _keep_eager_on_cpu(vllm_config)
+        _leave_prefill_to_the_kernels(vllm_config)
 
 
 def _envelope(model_config: ModelConfig) -> Envelope | None:
@@ -188,3 +191,34 @@ def _keep_eager_on_cpu(vllm_config: VllmConfig) -> None:
     import torch._dynamo  # a second's import, so only where it is needed
 
     torch._dynamo.config.disable = True
+
+
+def _leave_prefill_to_the_kernels(vllm_config: VllmConfig) -> None:
+    """No torch.compile where every step will run on the fused kernels, unless it was asked for: 16 s of each start.
+
+    Decided from what is known before a GPU is touched, for vLLM has yet to fork. Where the worker then finds a reason
+    against the kernels, its log says so, and vLLM's layers run uncompiled.
+    """
+    compilation = vllm_config.compilation_config
+    asked = compilation.mode is not None or compilation.cudagraph_mode is not None
+    if current_platform.is_cpu() or asked or vllm_config.model_config.enforce_eager:
+        return
+    if why_not_ahead(vllm_config) is None:
+        compilation.mode = CompilationMode.NONE
+        compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+
+
+def why_not_ahead(vllm_config: VllmConfig) -> str | None:
+    """Why not every step will run on the fused kernels; None when it will."""
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    capability = current_platform.get_device_capability()
+    off = launch.why_off_at(capability.major if current_platform.is_cuda() and capability is not None else 0)
+    if off is not None:
+        return off
+    if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
+        return "parallelism"
+    if model.quantization is not None or vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16"):
+        return "quantisation"
+    if vllm_config.attention_config.backend != AttentionBackendEnum.FLASH_ATTN or model.dtype != torch.bfloat16:
+        return "another attention backend or dtype"
+    return why_not_config(vllm_config)

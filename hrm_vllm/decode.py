@@ -27,20 +27,25 @@ BACKENDS: tuple[str, ...] = ("FLASH_ATTN", "TRITON_ATTN")
 
 
 class Decoder:
-    """Decides at the first decode step, when weights are loaded and caches bound, and stays with it.
+    """Decides at the first step, when weights are loaded and caches bound, and stays with it.
 
     Args:
         body: of the model.
         config: of the engine.
+
+    Attributes:
+        layers: vLLM's attention layer of each KV slot.
+        fused: the kernels; None where vLLM's own layers have to run, and before `decide`.
+        cos_sin: (positions, head_dim), which captured graphs read; there once `decide` chose the kernels.
     """
 
     def __init__(self, body: HrmTextBody, config: VllmConfig) -> None:
         check_option()  # so that a wrong one stops the engine as it starts
-        self._body = body
+        self.body = body
+        self.layers = _attention_layers(body)
+        self.fused: FusedDecode | None = None
         self._config = config
         self._decided = self._compiled = False
-        self._layers = _attention_layers(body)
-        self.fused: FusedDecode | None = None
 
     def recur(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """z_H after the last step; None where vLLM's own layers have to run the batch."""
@@ -49,8 +54,7 @@ class Decoder:
         metadata = self._decode_metadata()
         if metadata is None:
             return None
-        if not self._decided:
-            self._decide(positions.device)
+        self.decide(positions.device)
         piecewise = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
         if self.fused is None or piecewise or len(metadata.seq_lens) != len(positions):
             return None
@@ -62,19 +66,19 @@ class Decoder:
             table=metadata.block_table,
             row_starts=None,
             lengths=metadata.seq_lens,
-            page_size=next(iter(self._layers.values())).kv_cache.shape[2],
-            cos_sin=self._cos_sin,
+            page_size=self.page_size(),
+            cos_sin=self.cos_sin,
         )
         if not self._compiled:
             from hrm_text.kernels.ahead import compile_ahead
 
             self._compiled = True
-            compile_ahead(self.fused, batch, self._caches, self._config.scheduler_config.max_num_seqs)
-        z_H, z_L = self._body.begin(self._body.embed(input_ids))
+            compile_ahead(self.fused, batch, self.caches, self._config.scheduler_config.max_num_seqs)
+        z_H, z_L = self.body.begin(self.body.embed(input_ids))
         # For the norm behind each stack: where vLLM compiles, it leaves this op to the compiler, which sees nothing
         # here, and plain torch takes seven kernels for it.
         with ir.ops.rms_norm.set_priority(["vllm_c", "native"]):
-            return self.fused(z_H, z_L, batch, self._caches)
+            return self.fused(z_H, z_L, batch, self.caches)
 
     def _decode_metadata(self) -> Any:
         """Attention metadata of a batch with one query token a request; None for any other batch, and dry runs."""
@@ -83,21 +87,29 @@ class Decoder:
         by_layer = get_forward_context().attn_metadata
         if not isinstance(by_layer, dict):  # None in the profile run, a list with microbatches
             return None
-        metadata = by_layer.get(next(iter(self._layers.values())).layer_name)
+        metadata = by_layer.get(next(iter(self.layers.values())).layer_name)
         return metadata if getattr(metadata, "prefix_lm_decode", False) else None
 
-    def _decide(self, device: torch.device) -> None:
+    def decide(self, device: torch.device) -> None:
+        """Choose the kernels or vLLM's layers, once."""
+        if self._decided:
+            return
         self._decided = True
         dtype = self._config.model_config.dtype
-        reason = why_not(self._config, list(self._layers.values()), dtype)
-        self.fused = choose(self._body, dtype, device, "vLLM", reason, logger)
+        reason = why_not(self._config, list(self.layers.values()), dtype)
+        self.fused = choose(self.body, dtype, device, "vLLM", reason, logger)
         # Held here, because captured graphs read it and vLLM's layer may replace its own.
-        self._cos_sin = self._body.L_module.layers[0].self_attn.rotary_emb.cos_sin_cache
+        self.cos_sin = self.body.L_module.layers[0].self_attn.rotary_emb.cos_sin_cache
 
-    def _caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def page_size(self) -> int:
+        """Tokens a page of the KV cache."""
+        return next(iter(self.layers.values())).kv_cache.shape[2]
+
+    def caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a KV slot, (pages, page_size, heads, head_dim) each."""
         # Asked for anew each time: vLLM binds other caches after its memory profile.
-        cache = self._layers[slot].kv_cache
-        k, v = cache.transpose(1, 2).split(self._body.shape.head_dim, dim=-1)
+        cache = self.layers[slot].kv_cache
+        k, v = cache.transpose(1, 2).split(self.body.shape.head_dim, dim=-1)
         return k, v
 
 
@@ -117,9 +129,25 @@ def why_not(config: VllmConfig, layers: list[Any], dtype: torch.dtype) -> str | 
     What `hrm_vllm.config` refuses (KV transfer, context parallelism, microbatches) does not get here; what the
     weights forbid (tensor and pipeline parallelism, quantisation) is `hrm_text.kernels.decode.why_not`'s.
     """
-    mode = config.compilation_config.cudagraph_mode
     cache = layers[0].kv_cache
     backend = layers[0].attn_backend.get_name()
+    reason = why_not_config(config)
+    if reason is not None:
+        return reason
+    if backend not in BACKENDS:
+        return f"the attention backend {backend}"
+    if any(layer.sliding_window is not None for layer in layers):
+        return "a sliding window"
+    if any(layer.kv_cache.dtype != dtype for layer in layers):
+        return f"a KV cache of {config.cache_config.cache_dtype}"
+    if cache.ndim != 4 or cache.shape[3] != 2 * layers[0].head_size or cache.stride(3) != 1:
+        return f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}"
+    return None
+
+
+def why_not_config(config: VllmConfig) -> str | None:
+    """The part of `why_not` that is known before the model is there."""
+    mode = config.compilation_config.cudagraph_mode
     if config.speculative_config is not None:
         return "speculative decoding, whose graphs verify several tokens a request"
     if mode is not None and mode.decode_mode() == CUDAGraphMode.PIECEWISE:
@@ -130,12 +158,4 @@ def why_not(config: VllmConfig, layers: list[Any], dtype: torch.dtype) -> str | 
         return "data parallelism"
     if envs.VLLM_BATCH_INVARIANT:
         return "VLLM_BATCH_INVARIANT=1"
-    if backend not in BACKENDS:
-        return f"the attention backend {backend}"
-    if any(layer.sliding_window is not None for layer in layers):
-        return "a sliding window"
-    if any(layer.kv_cache.dtype != dtype for layer in layers):
-        return f"a KV cache of {config.cache_config.cache_dtype}"
-    if cache.ndim != 4 or cache.shape[3] != 2 * layers[0].head_size or cache.stride(3) != 1:
-        return f"a KV cache of shape {tuple(cache.shape)} and strides {cache.stride()}"
     return None

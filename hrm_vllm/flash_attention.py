@@ -1,17 +1,37 @@
-"""FLASH_ATTN (FA2, FA3): one causal flag a call, so a mixed batch may take two calls.
+"""FLASH_ATTN (FA2, FA3): one causal flag a call, so a mixed batch may take several calls.
 
-Single query tokens see the same either way, so a batch of spans and decodes is one non-causal call;
-only causal pieces of several tokens need a second one.
+Single query tokens see the same either way, so a batch of spans and decodes is one non-causal call; only causal
+pieces of several tokens need another one. Prompts that are all there (nothing cached, nothing to come) read their keys
+and values where the step made them: FA3 fetches those by whole tiles, pages of 16 tokens line by line.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from vllm import envs
 from vllm.v1.attention.backend import AttentionBackend, CommonAttentionMetadata
+from vllm.v1.attention.backends import fa_utils
 
 from hrm_vllm.attention import SpanSplitting, VirtualBatch, virtual_metadata
+
+MIN_UNPAGED_TOKENS = 2048  # beside other rows; fewer are not worth a call of their own
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the kernel.
+
+    Attributes:
+        tokens: of the step; None for all of them, indices where they do not follow one another.
+        metadata: of the sequences in these tokens.
+        unpaged: whether keys and values are those of these tokens.
+    """
+
+    tokens: slice | torch.Tensor | None
+    metadata: Any
+    unpaged: bool
 
 
 def select(batch: VirtualBatch, keep: np.ndarray) -> VirtualBatch:
@@ -24,6 +44,30 @@ def token_indices(batch: VirtualBatch) -> np.ndarray:
     return np.concatenate([np.arange(s, e, dtype=np.int64) for s, e in zip(batch.starts, batch.ends, strict=True)])
 
 
+def tokens_of(part: VirtualBatch, device: torch.device) -> slice | torch.Tensor:
+    """Where `part`'s query tokens are in the flattened step, as an index."""
+    if (part.starts[1:] == part.ends[:-1]).all():
+        return slice(int(part.starts[0]), int(part.ends[-1]))
+    return torch.from_numpy(token_indices(part)).to(device, non_blocking=True)
+
+
+def kinds_of_calls(batch: VirtualBatch, unpaged: bool) -> list[tuple[np.ndarray, bool, bool]]:
+    """(sequences, causal, unpaged) of each call that the batch takes.
+
+    Args:
+        batch: its virtual sequences.
+        unpaged: whether the step's keys and values are as the cache has them.
+    """
+    lengths = batch.ends - batch.starts
+    causal = (lengths > 1) & ~batch.bidirectional
+    whole = batch.bidirectional & (batch.seq_ends == lengths)
+    rest = ~causal & ~whole
+    if not unpaged or (not whole.all() and lengths[whole].sum() < MIN_UNPAGED_TOKENS):
+        rest, whole = rest | whole, np.zeros_like(whole)
+    kinds = [(rest, False, False), (whole, False, True), (causal, True, False)]
+    return [kind for kind in kinds if lengths[kind[0]].sum()]  # a batch may end in padding without tokens
+
+
 def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
     """Builder and implementation overrides of a FlashAttention backend."""
     builder = flash_builder(base.get_builder_cls())
@@ -32,7 +76,7 @@ def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
 
 
 def flash_builder(base: Any) -> Any:
-    """`base` with split batches: metadata of one call, or of two under `prefix_lm_calls`."""
+    """`base` with the calls of split batches under `prefix_lm_calls`."""
 
     class PrefixLMFlashBuilder(SpanSplitting, base):
         def _unsplit(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
@@ -40,19 +84,18 @@ def flash_builder(base: Any) -> Any:
             return common.replace(causal=False) if common.max_query_len <= 1 else common
 
         def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:
-            several = (batch.ends - batch.starts) > 1
-            causal_part = several & ~batch.bidirectional
-            if not causal_part.any():
-                return self._build_part(common, batch, causal=False)
-            metadata = self._build_part(common, batch, causal=True)
-            # Read by PrefixLMFlashImpl.forward in place of the metadata itself.
-            metadata.prefix_lm_calls = [
-                (
-                    torch.from_numpy(token_indices(part)).to(metadata.seq_lens.device, non_blocking=True),
-                    self._build_part(common, part, causal),
+            kinds = kinds_of_calls(batch, unpaged=self.kv_cache_dtype in (torch.float16, torch.bfloat16))
+            device = common.seq_lens.device
+            calls = [
+                Call(
+                    None if keep.all() else tokens_of(select(batch, keep), device),
+                    self._build_part(common, select(batch, keep), causal),
+                    unpaged,
                 )
-                for part, causal in ((select(batch, ~causal_part), False), (select(batch, causal_part), True))
+                for keep, causal, unpaged in kinds
             ]
+            metadata = calls[0].metadata if len(calls) == 1 else self._build_part(common, batch, causal=False)
+            metadata.prefix_lm_calls = calls  # read by PrefixLMFlashImpl.forward in place of the metadata itself
             return metadata
 
         def _build_part(self, common: CommonAttentionMetadata, batch: VirtualBatch, causal: bool) -> Any:
@@ -98,20 +141,36 @@ def flash_impl(base: Any) -> Any:
                 return super().forward(
                     layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
                 )
-            for tokens, metadata in calls:
-                part = torch.empty_like(output[: len(tokens)])
-                super().forward(
-                    layer,
-                    query[tokens],
-                    key,
-                    value,
-                    kv_cache,
-                    metadata,
-                    part,
-                    output_scale,
-                    output_block_scale,
-                )
-                output[tokens] = part
+            for call in calls:
+                metadata = call.metadata
+                tokens = slice(0, metadata.num_actual_tokens) if call.tokens is None else call.tokens
+                scattered = isinstance(tokens, torch.Tensor)
+                out = torch.empty_like(output[: len(tokens)]) if scattered else output[tokens]
+                if call.unpaged:
+                    self._attend_unpaged(query[tokens], key[tokens], value[tokens], out, metadata)
+                else:
+                    scales = (output_scale, output_block_scale)
+                    super().forward(layer, query[tokens], key, value, kv_cache, metadata, out, *scales)
+                if scattered:
+                    output[tokens] = out
             return output
+
+        def _attend_unpaged(
+            self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, out: torch.Tensor, metadata: Any
+        ) -> None:
+            fa_utils.flash_attn_varlen_func(  # not there on a CPU
+                q=query,
+                k=key,
+                v=value,
+                out=out,
+                cu_seqlens_q=metadata.query_start_loc,
+                cu_seqlens_k=metadata.query_start_loc,
+                max_seqlen_q=metadata.max_query_len,
+                max_seqlen_k=metadata.max_query_len,
+                softmax_scale=self.scale,
+                causal=False,
+                num_splits=metadata.max_num_splits,
+                fa_version=self.vllm_flash_attn_version,
+            )
 
     return PrefixLMFlashImpl

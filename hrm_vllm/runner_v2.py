@@ -1,4 +1,4 @@
-"""Model Runner V2 (CUDA): the model state that keeps each request's spans."""
+"""Model Runner V2 (CUDA): the model state that keeps each request's spans, and captures what it has no graphs for."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -49,3 +49,8 @@ class HrmTextModelState(DefaultModelState):
             rows = []  # vLLM's dry runs have made-up requests
         kwargs["model_specific_attn_metadata"] = RowSpans(rows)
         return super().prepare_attn(input_batch, *args, **kwargs)
+
+    def capture_inner_cudagraphs(self, *args: Any, **kwargs: Any) -> None:
+        """Steps with prompts, after vLLM has captured decode steps; again when it has bound its last KV caches."""
+        super().capture_inner_cudagraphs(*args, **kwargs)
+        self.model.prefiller.capture(self.device)

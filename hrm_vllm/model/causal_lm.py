@@ -20,6 +20,7 @@ from hrm_text.weights import PACKED_MODULES, load_into
 from hrm_vllm.decode import Decoder
 from hrm_vllm.model.layers import VllmLayers
 from hrm_vllm.model.stacks import Passes
+from hrm_vllm.prefill import Prefiller
 
 
 class HrmTextModel(HrmTextBody):
@@ -76,6 +77,7 @@ class HrmTextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         self.shape: HrmTextShape = read_config(self.config.to_dict())
         self.model = HrmTextModel(vllm_config=vllm_config, prefix=maybe_prefix(prefix, "model"))
         self.decoder = Decoder(self.model, vllm_config)
+        self.prefiller = Prefiller(self.decoder, vllm_config)
         if get_pp_group().is_last_rank:
             self.lm_head = ParallelLMHead(
                 self.shape.vocab_size,
@@ -114,9 +116,10 @@ class HrmTextForCausalLM(nn.Module, SupportsLoRA, SupportsPP):
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor | IntermediateTensors:
         if input_ids is not None and intermediate_tensors is None and inputs_embeds is None:
-            fused = self.decoder.recur(input_ids, positions)
-            if fused is not None:
-                return fused
+            for kernels in (self.decoder, self.prefiller):
+                z_H = kernels.recur(input_ids, positions)
+                if z_H is not None:
+                    return z_H
         return self.model(input_ids, positions, intermediate_tensors, inputs_embeds)
 
     def compute_logits(self, hidden_states: torch.Tensor) -> torch.Tensor | None:

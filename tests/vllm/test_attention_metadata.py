@@ -5,8 +5,10 @@ the mask's definition for any batch: spans, context from the cache, decodes, pad
 """
 
 import math
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,9 +16,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from vllm.v1.attention.backend import AttentionCGSupport, CommonAttentionMetadata
+from vllm.v1.attention.backends import fa_utils
 
 from hrm_text.spans import Spans, attention_allowed
-from hrm_vllm.attention import dynamic_causal_builder, step_spans
+from hrm_vllm import flash_attention
+from hrm_vllm.attention import dynamic_causal_builder, split_rows, step_spans
 from hrm_vllm.flash_attention import flash_builder, flash_impl
 from tests.vllm.mixes import spans_for
 
@@ -28,6 +32,9 @@ class Kernel:
 
     A schedule that was made for another call would be followed all the same, so it is compared.
     """
+
+    vllm_flash_attn_version = 3
+    scale = 1.0
 
     def forward(
         self, layer: Any, query: Any, key: Any, value: Any, kv_cache: Any, metadata: Any, output: Any, *_: Any
@@ -60,8 +67,19 @@ class Kernel:
         return output
 
 
+def unpaged_kernel(**call: Any) -> None:
+    """`flash_attn_varlen_func` without pages: every sequence sees its own keys, all of them."""
+    assert not call["causal"] and call["cu_seqlens_k"].tolist() == call["cu_seqlens_q"].tolist()
+    starts = call["cu_seqlens_q"].tolist()
+    assert max(b - a for a, b in pairwise(starts)) == call["max_seqlen_q"] == call["max_seqlen_k"]
+    for first, last in pairwise(starts):
+        scores = torch.einsum("qhd,khd->hqk", call["q"][first:last], call["k"][first:last]) * call["softmax_scale"]
+        call["out"][first:last] = torch.einsum("hqk,khd->qhd", scores.softmax(-1), call["v"][first:last])
+
+
 class Builder:
     aot_schedule = True
+    kv_cache_dtype = torch.bfloat16
 
     def _get_scheduler_metadata(self, **made_for: Any) -> dict[str, Any]:
         return {key: value.tolist() if torch.is_tensor(value) else value for key, value in made_for.items()}
@@ -139,18 +157,51 @@ def expected_output(drawn: list[tuple[int, int, Spans]], common: Any, cache: tor
     return output
 
 
+def step_kv(drawn: list[tuple[int, int, Spans]], common: Any, cache: torch.Tensor) -> list[torch.Tensor]:
+    """Keys and values of the step's own tokens, as the cache has them."""
+    pages = [cache[:, common.block_table_tensor[row]].flatten(1, 2) for row in range(len(drawn))]
+    own = [each[:, context:end] for each, (context, end, _) in zip(pages, drawn, strict=True)]
+    return list(torch.cat(own, 1))
+
+
 @pytest.mark.parametrize("kind", BACKENDS)
-@settings(max_examples=150, deadline=None)
+@pytest.mark.parametrize("min_unpaged", [1, 12, 2048])
+@settings(max_examples=100, deadline=None)
 @given(drawn=st.lists(rows(), min_size=1, max_size=5), padding=st.integers(0, 2), seed=st.integers(0, 99))
-def test_any_batch_equals_the_mask(kind: str, drawn: list[tuple[int, int, Spans]], padding: int, seed: int) -> None:
+def test_any_batch_equals_the_mask(
+    kind: str, min_unpaged: int, drawn: list[tuple[int, int, Spans]], padding: int, seed: int
+) -> None:
     torch.manual_seed(seed)
     builder, kernel = (cls() for cls in BACKENDS[kind])
     common, cache = batch_of(drawn, padding)
     query = torch.randn(common.num_actual_tokens, HEADS, DIM)
-    metadata = builder.build(0, common, row_spans=[spans for *_, spans in drawn])
+    key, value = step_kv(drawn, common, cache)
     output = torch.full_like(query, torch.nan)
-    kernel.forward(None, query, None, None, cache, metadata, output)
+    with (
+        mock.patch.object(flash_attention, "MIN_UNPAGED_TOKENS", min_unpaged),
+        mock.patch.object(fa_utils, "flash_attn_varlen_func", unpaged_kernel, create=True),
+    ):
+        metadata = builder.build(0, common, row_spans=[spans for *_, spans in drawn])
+        kernel.forward(None, query, key, value, cache, metadata, output)
     torch.testing.assert_close(output, expected_output(drawn, common, cache, query))
+
+
+def test_which_prompts_read_their_own_keys() -> None:
+    """Those that are all there, alone or in a step of enough of them; never beside a quantised cache."""
+    whole, decode, cached = (0, 3000, ((0, 3000),)), (9, 10, ((0, 5),)), (4, 40, ((4, 40),))
+
+    def calls(drawn: list[tuple[int, int, Spans]], unpaged: bool = True) -> list[tuple[list[bool], bool]]:
+        starts = np.concatenate([[0], np.cumsum([end - context for context, end, _ in drawn])])
+        batch = split_rows([spans for *_, spans in drawn], starts, np.array([end for _, end, _ in drawn]))
+        assert batch is not None
+        kinds = flash_attention.kinds_of_calls(batch, unpaged)
+        return [(keep.tolist(), own) for keep, causal, own in kinds if not causal]
+
+    small = (0, 8, ((0, 8),))
+    assert calls([small]) == [([True], True)]
+    assert calls([small], unpaged=False) == [([True], False)]
+    assert calls([decode, small, cached]) == [([True, True, True], False)]
+    assert calls([decode, whole, cached]) == [([True, False, True], False), ([False, True, False], True)]
 
 
 @pytest.mark.parametrize("kind", BACKENDS)

@@ -111,7 +111,7 @@ def padded_step(llm: Any) -> tuple[torch.Tensor, torch.Tensor, bool]:
     from vllm.forward_context import set_forward_context
 
     runner = runner_of(llm)
-    layers = decoder_of(llm)._layers
+    layers = decoder_of(llm).layers
 
     def step(rows: int) -> torch.Tensor:
         metadata = SimpleNamespace(
@@ -146,7 +146,7 @@ def taken(llm: Any) -> dict[str, bool]:
     from vllm.forward_context import set_forward_context
 
     runner, decoder = runner_of(llm), decoder_of(llm)
-    names = [layer.layer_name for layer in decoder._layers.values()]
+    names = [layer.layer_name for layer in decoder.layers.values()]
 
     def take(decode: bool, mode: CUDAGraphMode = CUDAGraphMode.NONE, microbatches: bool = False) -> bool:
         metadata = SimpleNamespace(
@@ -199,7 +199,7 @@ def reasons(llm: Any) -> dict[str, str | None]:
     from hrm_vllm import decode
 
     config = runner_of(llm).vllm_config
-    layers = list(decoder_of(llm)._layers.values())
+    layers = list(decoder_of(llm).layers.values())
     fp8 = layers[0].kv_cache.to(torch.float8_e4m3fn)
     changes: dict[str, list[Any]] = {
         "as it runs": [],

@@ -16,7 +16,7 @@ import torch
 from hrm_text.oracle import load_reference
 from tests.conftest import make_checkpoint
 from tests.engines_together import log_of, together
-from tests.vllm.engine import FUSED_LOG, Ask, Engine
+from tests.vllm.engine import FUSED_LOG, Ask, Engine, generate
 from tests.vllm.mixes import deviation, true_spans
 from tests.vllm.test_prefix_cache import CASES, P, prompt, reset_cache
 from tests.yardstick import Yardstick, emitted_by, measure, of_engine, serve_mixes
@@ -32,7 +32,7 @@ GPU: dict[str, Any] = {
     "gpu_memory_utilization": 0.04,
     # 24 for batches beyond the fused kernels for few tokens, and padded ones.
     "max_num_seqs": 24,
-    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24]},
+    "compilation_config": {"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 24, 48, 80]},
     "max_num_batched_tokens": BUDGET,
 }
 # The fused kernels are on where nothing says otherwise.
@@ -131,8 +131,30 @@ def test_inspecting_the_model_leaves_cuda_alone() -> None:
 
 
 def test_decode_replays_full_graphs(engines: Mapping[str, Engine]) -> None:
+    """And steps with prompts have graphs too: PIECEWISE ones, or whole ones where all of it is our own kernels."""
     for name in OURS:
-        assert engines[name].call(graph_mode) == "FULL_AND_PIECEWISE", name
+        uncompiled = name in ("flash bf16 fused", "flash bf16 fused preemption")
+        assert engines[name].call(graph_mode) == ("FULL_DECODE_ONLY" if uncompiled else "FULL_AND_PIECEWISE"), name
+        assert engines[name].call(prompts_in_graphs) == ([True, False, False] if uncompiled else None), name
+
+
+def prompts_in_graphs(llm: Any) -> list[bool] | None:
+    """Whether steps with a prompt ran in a graph of ours: a span, one with causal tokens behind it, one too large."""
+    graphs = llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.prefiller._graphs
+    if graphs is None:
+        return None
+    replay, ran = graphs.replay, []
+
+    def counting(*step: Any) -> Any:
+        z_H = replay(*step)
+        ran.append(z_H is not None)
+        return z_H
+
+    graphs.replay = counting
+    for ask in (Ask(prompt(20, 5), (0, 20), 1), Ask(prompt(60, 6), (0, 20), 1), Ask(prompt(90, 7), (0, 90), 1)):
+        generate(llm, [ask])
+    graphs.replay = replay
+    return ran
 
 
 @pytest.mark.parametrize("name", [name for name in OURS if "fused" in name and "preemption" not in name])

@@ -1,12 +1,17 @@
-"""Kernels of every batch size, compiled side by side before the engine asks for one after the other."""
+"""All kernels, compiled side by side before the engine asks for one after the other."""
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import torch
 
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
+from hrm_text.kernels.pointwise import PrefillBatch
+from hrm_text.kernels.prefill import FusedPrefill
+from hrm_text.model import Block, HrmTextBody
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
 SIZES = (1, 4, 8, 16, 32, 64, 96, 128, 256, 512)
@@ -25,13 +30,15 @@ def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
 
-    def run(size: int) -> None:
+    def run(job: Callable[[], object]) -> None:
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.inference_mode():
-            run_empty(fused, batch, caches, size)
+            job()
 
+    jobs: list[Callable[[], object]] = [partial(run_empty_prefill, fused, batch, caches)]
+    jobs += [partial(run_empty, fused, batch, caches, size) for size in {min(size, most) for size in SIZES}]
     torch.cuda.synchronize(device)  # these streams wait for nobody
-    with ThreadPoolExecutor(min(len(SIZES), os.cpu_count() or 1)) as pool:
-        list(pool.map(run, {min(size, most) for size in SIZES}))
+    with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
+        list(pool.map(run, jobs))
     torch.cuda.synchronize(device)
 
 
@@ -40,10 +47,24 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     body, device = fused.body, batch.positions.device
     shape, dtype = body.shape, next(body.parameters()).dtype
     own = FusedDecode(body, device)
+    x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
+    block, slot = first_layer(body)
+    return own.block(x, block, empty_batch(batch, size), *caches(slot))
+
+
+def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
+    """What a step with prompts has around its attention, for padding."""
+    body, empty = fused.body, empty_batch(batch, 16)
+    padding = PrefillBatch(empty.positions, empty.write_slots, empty.page_size, empty.cos_sin)
+    zeros = torch.zeros(16, body.shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device)
+    return FusedPrefill(body).one_layer(zeros, zeros, padding, caches, lambda *_: None)
+
+
+def first_layer(body: HrmTextBody) -> tuple[Block, int]:
+    """A layer that this stage runs, and its KV slot."""
     step = body.stage[0]
     stack = body.L_module if body.steps[step] == "L" else body.H_module
-    x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
-    return own.block(x, stack.layers[0], empty_batch(batch, size), *caches(shape.plan.slot(step, 0)))
+    return stack.layers[0], body.shape.plan.slot(step, 0)
 
 
 def empty_batch(batch: DecodeBatch, size: int) -> DecodeBatch:

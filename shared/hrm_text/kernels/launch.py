@@ -29,19 +29,24 @@ def check_option() -> str | None:
 
 
 def why_off(device: torch.device) -> str | None:
-    """Why decode steps on `device` are left to the engine's layers; None where the fused kernels run.
+    """Why steps on `device` are left to the engine's layers; None where the fused kernels run.
 
     They are on where they were verified, on Hopper, and where the option asks for them.
 
     Raises:
         ValueError: the option has a value that is neither 0 nor 1.
     """
+    return why_off_at(capability(device))
+
+
+def why_off_at(major: int) -> str | None:
+    """`why_off` for NVIDIA GPUs of a major compute capability, and 0 for anything else."""
     wanted = check_option()
     if wanted == "0":
         return f"{KERNELS_OPTION}=0"
     if find_spec("triton") is None:
         return "Triton is not installed"
-    if wanted is None and capability(device) != 9:
+    if wanted is None and major != 9:
         return f"they were verified on Hopper GPUs only; {KERNELS_OPTION}=1 tries them here"
     return None
 

@@ -1,0 +1,234 @@
+"""What stands between two GEMMs of a layer, one kernel each time: bound by reading and writing the activations once.
+
+A parameterless RMSNorm is one factor a token, so it is applied to the product behind it: W (x r) = r (W x). The
+normed activations are never written.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from hrm_text.kernels.launch import dependent_launch, launch_options
+
+HEADS = 4  # of a token in one program: 3 KiB to read
+COLUMNS = 2048  # of SwiGLU in one program
+
+
+@dataclass(frozen=True)
+class PrefillBatch:
+    """Where the tokens of a step stand and where their KV goes; the same for every layer.
+
+    Attributes:
+        positions: (tokens,) integer.
+        write_slots: (tokens,) integer, KV slot of each token; negative for padding.
+        page_size: tokens a page of the KV cache.
+        cos_sin: (positions, head_dim), [cos | sin] of each position, as both engines' RoPE layers keep it.
+    """
+
+    positions: torch.Tensor
+    write_slots: torch.Tensor
+    page_size: int
+    cos_sin: torch.Tensor
+
+
+def rows_of(device: torch.device) -> int:
+    """Tokens a program: one on a GPU; the interpreter takes programs one by one, and large ones as fast as small."""
+    return 1 if device.type == "cuda" else 64
+
+
+def options(device: torch.device) -> dict[str, Any]:
+    """Of every launch here."""
+    return {"ROWS": rows_of(device), "PDL": dependent_launch(device), "num_warps": 4, **launch_options(device)}
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rms(
+    x_ptr, other_ptr, out_ptr, factors_ptr, tokens, eps,
+    HIDDEN: tl.constexpr, WIDE: tl.constexpr, SUM: tl.constexpr, NORM: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDE)
+    mask = (token < tokens)[:, None] & (column < HIDDEN)[None, :]
+    at = token[:, None] * HIDDEN + column[None, :]
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if SUM:
+        x += tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        kept = x.to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, kept, mask=mask)
+        x = kept.to(tl.float32)  # the factor is that of the x which the GEMM reads
+    factor = 1.0 / tl.sqrt(tl.sum(x * x, 1) / HIDDEN + eps)
+    if NORM:
+        tl.store(out_ptr + at, (x * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        tl.store(factors_ptr + token, factor, mask=token < tokens)
+
+
+def _launch_rms(
+    x: torch.Tensor, other: torch.Tensor, out: torch.Tensor, factors: torch.Tensor, eps: float, **what: bool
+) -> None:
+    tokens, hidden = x.shape
+    _rms[(triton.cdiv(tokens, rows_of(x.device)),)](
+        x, other, out, factors, tokens, eps,
+        HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden), **what, **options(x.device),
+    )  # fmt: skip
+
+
+def add_rms(a: torch.Tensor, b: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(tokens, hidden) a + b, and its (tokens,) float32 RMSNorm factors; a and b contiguous."""
+    out = torch.empty_like(a)
+    factors = torch.empty(len(a), dtype=torch.float32, device=a.device)
+    _launch_rms(a, b, out, factors, eps, SUM=True, NORM=False)
+    return out, factors
+
+
+def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """(tokens,) float32 RMSNorm factors of (tokens, hidden) x, contiguous."""
+    factors = torch.empty(len(x), dtype=torch.float32, device=x.device)
+    _launch_rms(x, x, x, factors, eps, SUM=False, NORM=False)
+    return factors
+
+
+def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """The RMSNorm of (tokens, hidden) x, contiguous."""
+    out = torch.empty_like(x)
+    _launch_rms(x, x, out, x, eps, SUM=False, NORM=True)
+    return out
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _rope_write(
+    gqkv_ptr, factors_ptr, positions_ptr, write_slots_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, tokens, heads,
+    k_page_stride, k_token_stride, k_head_stride, v_page_stride, v_token_stride, v_head_stride,
+    PAGE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    lane = tl.arange(0, HALF)
+    there = token < tokens
+    mask = there[:, None, None] & (head < heads)[None, :, None] & (lane < HALF)[None, None, :]
+    inside = head[None, :, None] * 2 * HALF + lane[None, None, :]
+    width = heads * 2 * HALF
+    q_ptr = gqkv_ptr + token[:, None, None] * 4 * width + width + inside
+    k_ptr = q_ptr + width
+    v_ptr = k_ptr + width
+    factor = tl.load(factors_ptr + token, mask=there, other=0.0)[:, None, None]
+    position = tl.load(positions_ptr + token, mask=there, other=0).to(tl.int64)
+    table = cos_sin_ptr + position[:, None] * 2 * HALF + lane[None, :]
+    cos = tl.load(table).to(tl.float32)[:, None, :]
+    sin = tl.load(table + HALF).to(tl.float32)[:, None, :]
+    first = tl.load(q_ptr, mask=mask, other=0.0).to(tl.float32) * factor
+    second = tl.load(q_ptr + HALF, mask=mask, other=0.0).to(tl.float32) * factor
+    tl.store(q_ptr, (first * cos - second * sin).to(gqkv_ptr.dtype.element_ty), mask=mask)
+    tl.store(q_ptr + HALF, (second * cos + first * sin).to(gqkv_ptr.dtype.element_ty), mask=mask)
+    first = tl.load(k_ptr, mask=mask, other=0.0).to(tl.float32) * factor
+    second = tl.load(k_ptr + HALF, mask=mask, other=0.0).to(tl.float32) * factor
+    k_first = (first * cos - second * sin).to(gqkv_ptr.dtype.element_ty)
+    k_second = (second * cos + first * sin).to(gqkv_ptr.dtype.element_ty)
+    v_first = (tl.load(v_ptr, mask=mask, other=0.0).to(tl.float32) * factor).to(gqkv_ptr.dtype.element_ty)
+    v_second = (tl.load(v_ptr + HALF, mask=mask, other=0.0).to(tl.float32) * factor).to(gqkv_ptr.dtype.element_ty)
+    tl.store(k_ptr, k_first, mask=mask)
+    tl.store(k_ptr + HALF, k_second, mask=mask)
+    tl.store(v_ptr, v_first, mask=mask)
+    tl.store(v_ptr + HALF, v_second, mask=mask)
+    slot = tl.load(write_slots_ptr + token, mask=there, other=-1).to(tl.int64)
+    mask = mask & (slot >= 0)[:, None, None]
+    page, place = (slot // PAGE)[:, None, None], (slot % PAGE)[:, None, None]
+    inside = head[None, :, None] * k_head_stride + lane[None, None, :]
+    line = k_cache_ptr + page * k_page_stride + place * k_token_stride + inside
+    tl.store(line, k_first, mask=mask)
+    tl.store(line + HALF, k_second, mask=mask)
+    inside = head[None, :, None] * v_head_stride + lane[None, None, :]
+    line = v_cache_ptr + page * v_page_stride + place * v_token_stride + inside
+    tl.store(line, v_first, mask=mask)
+    tl.store(line + HALF, v_second, mask=mask)
+
+
+def rope_write(
+    gqkv: torch.Tensor, factors: torch.Tensor, batch: PrefillBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
+) -> None:
+    """q, k and v as attention reads them: with the norm's factor, rotated in place, and k and v in the cache as well.
+
+    Args:
+        gqkv: (tokens, 4 * heads * head_dim), [gate | q | k | v] of the x that was not normed; the gate stays as it is.
+        factors: (tokens,) float32, of the norm.
+        batch: of these tokens.
+        k_cache, v_cache: (pages, page_size, heads, head_dim), any strides but the last, which is 1.
+    """
+    heads, head_dim = k_cache.shape[2:]
+    grid = triton.cdiv(len(gqkv), rows_of(gqkv.device)), triton.cdiv(heads, HEADS)
+    _rope_write[grid](
+        gqkv, factors, batch.positions, batch.write_slots, batch.cos_sin, k_cache, v_cache, len(gqkv), heads,
+        *k_cache.stride()[:3], *v_cache.stride()[:3],
+        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=HEADS, **options(gqkv.device),
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _gate(
+    gqkv_ptr, factors_ptr, out_ptr, tokens,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDE)
+    mask = (token < tokens)[:, None] & (column < WIDTH)[None, :]
+    at = token[:, None] * WIDTH + column[None, :]
+    gate = tl.load(gqkv_ptr + token[:, None] * 4 * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(gate * tl.load(factors_ptr + token, mask=token < tokens, other=0.0)[:, None])
+    out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (out * gate).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def gate_in_place(gqkv: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
+    """Multiply attention's `out`, (tokens, heads * head_dim), by the sigmoid of the gates in `gqkv`."""
+    tokens, width = out.shape
+    _gate[(triton.cdiv(tokens, rows_of(out.device)),)](
+        gqkv, factors, out, tokens, WIDTH=width, WIDE=triton.next_power_of_2(width), **options(out.device)
+    )
+
+
+@triton.jit(do_not_specialize=["tokens"])
+def _swiglu(
+    product_ptr, factors_ptr, out_ptr, tokens, width, COLUMNS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    mask = (token < tokens)[:, None] & (column < width)[None, :]
+    factor = tl.load(factors_ptr + token, mask=token < tokens, other=0.0)[:, None]
+    at = product_ptr + token[:, None] * 2 * width + column[None, :]
+    gate = tl.load(at, mask=mask, other=0.0).to(tl.float32) * factor
+    up = tl.load(at + width, mask=mask, other=0.0).to(tl.float32) * factor
+    out = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + token[:, None] * width + column[None, :], out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def swiglu(product: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """silu(gate r) * (up r), r the RMSNorm factor of each token.
+
+    Args:
+        product: (tokens, 2 * width), [gate | up] of the x that was not normed.
+        factors: (tokens,) float32.
+
+    Returns:
+        (tokens, width).
+    """
+    tokens, width = product.shape[0], product.shape[1] // 2
+    out = torch.empty(tokens, width, dtype=product.dtype, device=product.device)
+    grid = triton.cdiv(tokens, rows_of(out.device)), triton.cdiv(width, COLUMNS)
+    _swiglu[grid](product, factors, out, tokens, width, COLUMNS=COLUMNS, **options(out.device))
+    return out

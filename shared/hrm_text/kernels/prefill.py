@@ -1,0 +1,118 @@
+"""A step of any tokens with attention left to the engine: four GEMMs a layer, and one kernel between two of them."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+
+from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rms, rope_write, swiglu
+from hrm_text.model import HrmTextBody, StackModule
+
+PART_TOKENS = 8192  # cuBLAS is faster at two such parts than at their sum
+
+KVCaches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+# (slot, q, k, v, out): attention over KV slot `slot`, each (tokens, heads, head_dim); the slot's cache has k and v.
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+class FusedPrefill:
+    """Runs a body's recurrence, where `hrm_text.kernels.decode.why_not` has nothing against it.
+
+    Args:
+        body: with its weights loaded, all of the stages its own.
+    """
+
+    def __init__(self, body: HrmTextBody) -> None:
+        self.body = body
+        self.eps = body.shape.rms_norm_eps
+
+    def __call__(
+        self, z_H: torch.Tensor, z_L: torch.Tensor, batch: PrefillBatch, caches: KVCaches, attend: Attend
+    ) -> torch.Tensor:
+        """z_H after every step.
+
+        Args:
+            z_H, z_L: (tokens, hidden), as `HrmTextBody.begin` makes them.
+            batch: of these tokens.
+            caches: (k_cache, v_cache) of a KV slot, as `rope_write` takes them.
+            attend: the engine's attention.
+        """
+        body = self.body
+        weights = {"L": weights_of(body.L_module), "H": weights_of(body.H_module)}
+        z_L = z_L.contiguous()
+        for step in body.stage:
+            kind = body.steps[step]
+            x, factors = add_rms(z_L, z_H, self.eps)
+            for index, layer in enumerate(weights[kind]):
+                slot = body.shape.plan.slot(step, index)
+                self.layer(x, rms(x, self.eps) if index else factors, layer, batch, slot, caches, attend)
+            z = norm(x, self.eps)
+            z_L, z_H = (z, z_H) if kind == "L" else (z_L, z)
+        return z_H
+
+    def one_layer(
+        self, z_H: torch.Tensor, z_L: torch.Tensor, batch: PrefillBatch, caches: KVCaches, attend: Attend
+    ) -> torch.Tensor:
+        """A pass of a stack of one layer: every kernel of a whole step, to have them compiled and loaded."""
+        body = self.body
+        stack = body.L_module if body.steps[body.stage[0]] == "L" else body.H_module
+        x, factors = add_rms(z_L.contiguous(), z_H, self.eps)
+        slot = body.shape.plan.slot(body.stage[0], 0)
+        self.layer(x, factors, weights_of(stack)[0], batch, slot, caches, attend)
+        return norm(x, self.eps)
+
+    def layer(
+        self,
+        x: torch.Tensor,
+        factors: torch.Tensor,
+        weights: Weights,
+        batch: PrefillBatch,
+        slot: int,
+        caches: KVCaches,
+        attend: Attend,
+    ) -> None:
+        """Changes (tokens, hidden) x, whose norm's factors are given, to what it is behind the layer."""
+        tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
+        gqkv_proj, o_proj, gate_up_proj, down_proj = weights
+        gqkv = product(x, gqkv_proj)
+        rope_write(gqkv, factors, batch, *caches(slot))
+        _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
+        out = torch.empty(tokens, heads * head_dim, dtype=x.dtype, device=x.device)
+        attend(slot, q, k, v, out.view(tokens, heads, head_dim))
+        gate_in_place(gqkv, factors, out)
+        add_product(x, out, o_proj)
+        add_product(x, swiglu(product(x, gate_up_proj), rms(x, self.eps)), down_proj)
+
+
+def weights_of(stack: StackModule) -> list[Weights]:
+    """The projections of each layer."""
+    return [
+        (
+            block.self_attn.gqkv_proj.weight,
+            block.self_attn.o_proj.weight,
+            block.mlp.gate_up_proj.weight,
+            block.mlp.down_proj.weight,
+        )
+        for block in stack.layers
+    ]
+
+
+def parts(tokens: int) -> Iterator[slice]:
+    """Slices of at most `PART_TOKENS`, as equal as they can be."""
+    count = -(-tokens // PART_TOKENS)
+    for part in range(count):
+        yield slice(tokens * part // count, tokens * (part + 1) // count)
+
+
+def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """(tokens, rows) W x of (tokens, width) x."""
+    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+    for part in parts(len(x)):
+        torch.mm(x[part], weight.t(), out=out[part])
+    return out
+
+
+def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
+    """(tokens, rows) `total` += W x. In place, for torch copies what it adds to otherwise."""
+    for part in parts(len(x)):
+        total[part].addmm_(x[part], weight.t())
