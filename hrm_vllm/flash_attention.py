@@ -96,6 +96,10 @@ def flash_builder(base: Any) -> Any:
             ]
             metadata = calls[0].metadata if len(calls) == 1 else self._build_part(common, batch, causal=False)
             metadata.prefix_lm_calls = calls  # read by PrefixLMFlashImpl.forward in place of the metadata itself
+            metadata.prefix_lm_causal = None  # read by hrm_vllm.prefill_graphs, beside the metadata of every sequence
+            if any(causal for _, causal, _ in kinds):
+                tokens = np.repeat(~batch.bidirectional, batch.ends - batch.starts)
+                metadata.prefix_lm_causal = torch.from_numpy(tokens).to(device, non_blocking=True)
             return metadata
 
         def _build_part(self, common: CommonAttentionMetadata, batch: VirtualBatch, causal: bool) -> Any:

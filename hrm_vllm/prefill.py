@@ -4,18 +4,20 @@ Nothing is compiled for it by torch, which `hrm_vllm.config` leaves off where it
 tokens replay CUDA graphs of the whole model (`hrm_vllm.prefill_graphs`).
 """
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
+from vllm.logger import init_logger
 
 from hrm_vllm.decode import Decoder
 
 if TYPE_CHECKING:
     from hrm_text.kernels.prefill import FusedPrefill
-    from hrm_vllm.prefill_graphs import PrefillGraphs
+    from hrm_text.kernels.prefill_graphs import PrefillGraphs
+
+logger = init_logger("vllm.hrm_vllm")
 
 
 class Prefiller:
@@ -31,69 +33,62 @@ class Prefiller:
         self._config = config
         self._compiles = config.compilation_config.mode != CompilationMode.NONE
         self._prefill: FusedPrefill | None = None
-        self._graphs: PrefillGraphs | None = None
+        self.graphs: PrefillGraphs | None = None
 
     def recur(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """z_H after the last step; None where vLLM's own layers have to run the batch."""
         by_layer = get_forward_context().attn_metadata if is_forward_context_available() else None
-        if not isinstance(by_layer, dict) or not self.on(positions.device):  # a dry run; a list with microbatches
+        if not isinstance(by_layer, dict):  # a dry run; a list with microbatches
             return None
-        layers = self._decoder.layers
+        prefill = self._chosen(positions.device)
+        if prefill is None:
+            return None
+        from hrm_text.kernels.pointwise import PrefillBatch
+
+        decoder, layers = self._decoder, self._decoder.layers
         metadata = by_layer[layers[0].layer_name]
-        if self._graphs is not None and self._graphs.stale():
-            self._graphs = None
-        if self._graphs is not None:
-            z_H = self._graphs.replay(input_ids, positions, metadata)
-            if z_H is not None:
-                return z_H
+        replayed = self._replayed(input_ids, positions, metadata)
+        if replayed is not None:
+            return replayed
 
-        def attend(slot: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
-            layer = layers[slot]
-            layer.impl.forward(layer, q, k, v, layer.kv_cache, metadata, out)
+        def attend(slot: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            layer, out = layers[slot], torch.empty(q.shape, dtype=q.dtype, device=q.device)
+            return layer.impl.forward(layer, q, k, v, layer.kv_cache, metadata, out)
 
-        return self.run(input_ids, positions, metadata.slot_mapping, attend)
+        batch = PrefillBatch(positions, metadata.slot_mapping, decoder.page_size(), decoder.cos_sin)
+        z_H, z_L = decoder.body.begin(decoder.body.embed(input_ids))
+        return prefill(z_H, z_L, batch, decoder.caches, attend)
 
-    def on(self, device: torch.device) -> bool:
-        """Whether this runs steps at all."""
+    def _replayed(self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: Any) -> torch.Tensor | None:
+        if self.graphs is None:
+            return None
+        if self.graphs.stale():
+            self.graphs = None
+            return None
+        from hrm_vllm.prefill_graphs import sequences_of
+
+        tokens = len(input_ids)
+        sequences = sequences_of(metadata, tokens)
+        return self.graphs.replay(input_ids, positions, metadata.slot_mapping[:tokens], sequences)
+
+    def _chosen(self, device: torch.device) -> "FusedPrefill | None":
         if self._compiles:
-            return False
+            return None
         self._decoder.decide(device)
-        return self._decoder.fused is not None
+        if self._prefill is None and self._decoder.fused is not None:
+            from hrm_text.kernels.prefill import FusedPrefill
+
+            self._prefill = FusedPrefill(self._decoder.body)
+        return self._prefill
 
     def capture(self, device: torch.device) -> None:
         """Capture graphs, if this runs steps here, and drop those there were."""
-        if not self.on(device):
+        prefill = self._chosen(device)
+        if prefill is None:
             return
-        from hrm_vllm.prefill_graphs import PrefillGraphs
+        from hrm_vllm.prefill_graphs import captured
 
-        self._graphs = None
-        if PrefillGraphs.why_not(self._decoder, self._config) is None:
-            graphs = PrefillGraphs(self, self._decoder, self._config, device)
-            graphs.capture()
-            self._graphs = graphs
-
-    def run(
-        self,
-        input_ids: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        attend: Callable[..., None],
-        one_layer: bool = False,
-    ) -> torch.Tensor:
-        """z_H after the last step.
-
-        Args:
-            input_ids, positions, slots: (tokens,) each; a negative KV slot is padding's.
-            attend: attention of a layer, as `FusedPrefill` takes it.
-            one_layer: run no other; the result means nothing.
-        """
-        from hrm_text.kernels.pointwise import PrefillBatch
-        from hrm_text.kernels.prefill import FusedPrefill
-
-        decoder, body = self._decoder, self._decoder.body
-        if self._prefill is None:
-            self._prefill = FusedPrefill(body)
-        batch = PrefillBatch(positions, slots, decoder.page_size(), decoder.cos_sin)
-        z_H, z_L = body.begin(body.embed(input_ids))
-        run = self._prefill.one_layer if one_layer else self._prefill
-        return run(z_H, z_L, batch, decoder.caches, attend)
+        self.graphs = None
+        self.graphs = captured(prefill, self._decoder, self._config)
+        if self.graphs is not None:
+            logger.info("HRM-Text: %s", self.graphs)

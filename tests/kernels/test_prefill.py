@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from hrm_text.kernels import prefill
 from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rms, rope_write, swiglu
-from hrm_text.kernels.prefill import FusedPrefill, add_product, product
+from hrm_text.kernels.prefill import FusedPrefill
 from hrm_text.model import HrmTextBody
 from hrm_text.oracle import token_logprobs
 from hrm_text.plain import rope_table
@@ -42,18 +41,6 @@ def test_sums_and_norms(dtype: torch.dtype, tokens: int, hidden: int) -> None:
 
 def factors_of(x: torch.Tensor) -> torch.Tensor:
     return torch.rsqrt(x.double().square().mean(-1) + 1e-6)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("tokens", [1, 16, 17, 40])
-def test_products_in_parts(dtype: torch.dtype, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "PART_TOKENS", 16)
-    x, weight, total = (fresh(*size, dtype=dtype) for size in ((tokens, 96), (128, 96), (tokens, 128)))
-    expected = x.double() @ weight.double().t()
-    assert close(product(x, weight), expected)
-    expected += total.double()
-    add_product(total, x, weight)
-    assert close(total, expected)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -150,11 +137,13 @@ def attend(cache: torch.Tensor, spans: Spans, start: int, end: int) -> Callable[
     """The mask itself over what is in the second page of the cache."""
     allowed = torch.tensor([[attention_allowed(spans, i, j) for j in range(end)] for i in range(start, end)])
 
-    def run(slot: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor) -> None:
+    def run(slot: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         keys, values = cache[slot, :, 1, :end]
         assert torch.equal(keys[start:end], k[: end - start]) and torch.equal(values[start:end], v[: end - start])
         scores = torch.einsum("qhd,khd->hqk", q[: end - start], keys) * q.shape[-1] ** -0.5
         weights = scores.masked_fill(~allowed.to(q.device), -torch.inf).softmax(-1)
+        out = torch.zeros(q.shape, device=q.device)
         out[: end - start] = torch.einsum("hqk,khd->qhd", weights, values)
+        return out
 
     return run

@@ -6,11 +6,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from vllm.config import SchedulerConfig
+import torch
+from vllm.config import CompilationMode, CUDAGraphMode, SchedulerConfig
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
 from hrm_text.names import nano_path
-from hrm_vllm.config import _set_graph_sizes, graph_sizes
+from hrm_vllm.config import _leave_prefill_to_the_kernels, _set_graph_sizes, graph_sizes
 from hrm_vllm.spans import rule_of
 from tests.conftest import TINY, make_checkpoint
 
@@ -177,3 +179,53 @@ def test_a_tokenizer_without_the_markers_is_refused(tiny: str, tmp_path: Path) -
     )
     with pytest.raises(ValueError, match="im_start"):
         configure(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "changes", "compiled"),
+    [
+        ("", {}, False),
+        ("compilation_config", {"mode": CompilationMode.VLLM_COMPILE}, True),
+        ("compilation_config", {"cudagraph_mode": CUDAGraphMode.FULL_AND_PIECEWISE}, True),
+        ("model_config", {"enforce_eager": True}, True),
+        ("model_config", {"quantization": "fp8"}, True),
+        ("model_config", {"dtype": torch.float32}, True),
+        ("cache_config", {"cache_dtype": "fp8"}, True),
+        ("parallel_config", {"tensor_parallel_size": 2}, True),
+        ("parallel_config", {"pipeline_parallel_size": 2}, True),
+        ("parallel_config", {"data_parallel_size": 2}, True),
+        ("attention_config", {"backend": AttentionBackendEnum.TRITON_ATTN}, True),
+        ("", {"lora_config": object()}, True),
+        ("", {"speculative_config": object()}, True),
+        ("platform", {"major": 8}, True),
+        ("platform", {"is_cpu": lambda: True}, True),
+        ("environment", {"HRM_TEXT_KERNELS": "0"}, True),
+    ],
+)
+def test_nothing_is_compiled_where_every_step_is_the_kernels(
+    monkeypatch: pytest.MonkeyPatch, part: str, changes: dict[str, Any], compiled: bool
+) -> None:
+    """And what vLLM's own layers have to run is compiled as ever, as is what a user wants compiled."""
+    pytest.importorskip("triton")
+    platform = SimpleNamespace(is_cpu=lambda: False, is_cuda=lambda: True, major=9)
+    platform.get_device_capability = lambda: platform
+    config: Any = SimpleNamespace(
+        compilation_config=SimpleNamespace(mode=None, cudagraph_mode=None),
+        model_config=SimpleNamespace(enforce_eager=False, quantization=None, dtype=torch.bfloat16),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        parallel_config=SimpleNamespace(tensor_parallel_size=1, pipeline_parallel_size=1, data_parallel_size=1),
+        attention_config=SimpleNamespace(backend=AttentionBackendEnum.FLASH_ATTN),
+        speculative_config=None,
+        lora_config=None,
+    )
+    monkeypatch.delenv("HRM_TEXT_KERNELS", raising=False)
+    if part == "environment":
+        monkeypatch.setenv("HRM_TEXT_KERNELS", changes["HRM_TEXT_KERNELS"])
+    else:
+        changed = platform if part == "platform" else getattr(config, part) if part else config
+        vars(changed).update(changes)
+    monkeypatch.setattr("hrm_vllm.config.current_platform", platform)
+    before = vars(config.compilation_config).copy()
+    _leave_prefill_to_the_kernels(config)
+    uncompiled = {"mode": CompilationMode.NONE, "cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY}
+    assert vars(config.compilation_config) == (before if compiled else uncompiled)

@@ -32,6 +32,7 @@ def engine(tiny: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engi
     with Engine(model=tiny, log=log, max_num_seqs=20, max_num_batched_tokens=400, **PAGES) as running:
         running.call(count_events)
         running.call(count_fused_steps)
+        running.call(count_prompt_steps)
         yield running
         assert FUSED_LOG in log.read_text()
 
@@ -48,6 +49,25 @@ def count_fused_steps(llm: Any) -> None:
         return result
 
     decoder.recur = counting
+
+
+def count_prompt_steps(llm: Any) -> None:
+    """Watch the sizes of the other steps, and which of them vLLM's layers run."""
+    model = runner_of(llm).model
+    prefiller, llm.prompt_steps = model.prefiller, []
+    recur = prefiller.recur
+
+    def counting(input_ids: torch.Tensor, positions: torch.Tensor) -> Any:
+        result = recur(input_ids, positions)
+        llm.prompt_steps.append((len(input_ids), result is not None))
+        return result
+
+    prefiller.recur = counting
+
+
+def prompt_steps(llm: Any) -> list[tuple[int, bool]]:
+    steps, llm.prompt_steps = llm.prompt_steps, []
+    return steps
 
 
 def decoder_of(llm: Any) -> Any:
@@ -70,6 +90,7 @@ def test_chunks_and_cache_hits(engine: Engine, reference: Any) -> None:
     assert worst_deviation(reference, engine, batch) <= TOLERANCE
     assert engine.call(event_counts)["chunks"]
     assert engine.call(fused_batches) == [4, 4]
+    assert engine.call(prompt_steps) == [(390, True), (63, True)]
     for again in engine.ask([chunked] * 3):
         assert again[0].cached == 96
         assert deviation(reference, chunked, again) <= TOLERANCE

@@ -57,7 +57,7 @@ def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) 
     body, empty = fused.body, empty_batch(batch, 16)
     padding = PrefillBatch(empty.positions, empty.write_slots, empty.page_size, empty.cos_sin)
     zeros = torch.zeros(16, body.shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device)
-    return FusedPrefill(body).one_layer(zeros, zeros, padding, caches, lambda *_: None)
+    return FusedPrefill(body).one_layer(zeros, zeros, padding, caches, lambda slot, q, k, v: q.contiguous())
 
 
 def first_layer(body: HrmTextBody) -> tuple[Block, int]:

@@ -1,17 +1,17 @@
 """A step of any tokens with attention left to the engine: four GEMMs a layer, and one kernel between two of them."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
+from torch.nn.functional import linear
 
 from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rms, rope_write, swiglu
 from hrm_text.model import HrmTextBody, StackModule
 
-PART_TOKENS = 8192  # cuBLAS is faster at two such parts than at their sum
-
 KVCaches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
-# (slot, q, k, v, out): attention over KV slot `slot`, each (tokens, heads, head_dim); the slot's cache has k and v.
-Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (slot, q, k, v) -> out: attention over KV slot `slot`, whose cache has k and v; each (tokens, heads, head_dim), and
+# out contiguous.
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -74,14 +74,13 @@ class FusedPrefill:
         """Changes (tokens, hidden) x, whose norm's factors are given, to what it is behind the layer."""
         tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
         gqkv_proj, o_proj, gate_up_proj, down_proj = weights
-        gqkv = product(x, gqkv_proj)
+        gqkv = linear(x, gqkv_proj)
         rope_write(gqkv, factors, batch, *caches(slot))
         _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
-        out = torch.empty(tokens, heads * head_dim, dtype=x.dtype, device=x.device)
-        attend(slot, q, k, v, out.view(tokens, heads, head_dim))
+        out = attend(slot, q, k, v).view(tokens, heads * head_dim)
         gate_in_place(gqkv, factors, out)
-        add_product(x, out, o_proj)
-        add_product(x, swiglu(product(x, gate_up_proj), rms(x, self.eps)), down_proj)
+        x.addmm_(out, o_proj.t())  # in place, for torch copies what it adds to otherwise
+        x.addmm_(swiglu(linear(x, gate_up_proj), rms(x, self.eps)), down_proj.t())
 
 
 def weights_of(stack: StackModule) -> list[Weights]:
@@ -95,24 +94,3 @@ def weights_of(stack: StackModule) -> list[Weights]:
         )
         for block in stack.layers
     ]
-
-
-def parts(tokens: int) -> Iterator[slice]:
-    """Slices of at most `PART_TOKENS`, as equal as they can be."""
-    count = -(-tokens // PART_TOKENS)
-    for part in range(count):
-        yield slice(tokens * part // count, tokens * (part + 1) // count)
-
-
-def product(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """(tokens, rows) W x of (tokens, width) x."""
-    out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-    for part in parts(len(x)):
-        torch.mm(x[part], weight.t(), out=out[part])
-    return out
-
-
-def add_product(total: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> None:
-    """(tokens, rows) `total` += W x. In place, for torch copies what it adds to otherwise."""
-    for part in parts(len(x)):
-        total[part].addmm_(x[part], weight.t())
