@@ -110,12 +110,12 @@ class PrefillGraphs:
         batch.positions[:tokens].copy_(positions)
         batch.write_slots[:tokens].copy_(slots)
         batch.write_slots[tokens:].fill_(-1)
-        own.query_start[: count + 1].copy_(sequences.query_start)
+        own.query_start[: count + 1].copy_(sequences.query_start[: count + 1])
         own.query_start[count + 1 :].fill_(tokens)
         own.lengths[:count].copy_(sequences.lengths)
         own.lengths[count:].fill_(0)
         pages = min(own.table.shape[1], sequences.table.shape[1])
-        own.table[:count, :pages].copy_(sequences.table[:, :pages])
+        own.table[:count, :pages].copy_(sequences.table[:count, :pages])
         if sequences.causal is not None:
             assert own.causal is not None
             own.causal[:tokens].copy_(sequences.causal)
