@@ -148,14 +148,13 @@ def flash_impl(base: Any) -> Any:
             for call in calls:
                 metadata = call.metadata
                 tokens = slice(0, metadata.num_actual_tokens) if call.tokens is None else call.tokens
-                scattered = isinstance(tokens, torch.Tensor)
-                out = torch.empty_like(output[: len(tokens)]) if scattered else output[tokens]
+                out = torch.empty_like(output[: len(tokens)]) if isinstance(tokens, torch.Tensor) else output[tokens]
                 if call.unpaged:
                     self._attend_unpaged(query[tokens], key[tokens], value[tokens], out, metadata)
                 else:
                     scales = (output_scale, output_block_scale)
                     super().forward(layer, query[tokens], key, value, kv_cache, metadata, out, *scales)
-                if scattered:
+                if isinstance(tokens, torch.Tensor):
                     output[tokens] = out
             return output
 

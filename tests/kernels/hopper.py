@@ -27,12 +27,14 @@ from hrm_text.kernels.linear import (
     register_tile,
     tensor_core_parts,
 )
+from hrm_text.kernels.pointwise import COLUMNS, _gate, _rms, _rope_write, _swiglu
+from hrm_text.kernels.pointwise import HEADS as HEADS_AT_ONCE
 from hrm_text.kernels.staged import Geometry, code_for
 from hrm_text.kernels.swiglu import _scaled_swiglu
 
 HIDDEN, WIDE, HEADS, DIM = 1536, 4096, 12, 128
 FLOATS = {"scale", "eps"}
-FLOAT32 = {"cos_sin_ptr", "partial_ptr", "stats_ptr", "squares_ptr", "next_squares_ptr"}
+FLOAT32 = {"cos_sin_ptr", "factors_ptr", "partial_ptr", "stats_ptr", "squares_ptr", "next_squares_ptr"}
 INT64 = {"positions_ptr", "write_slots_ptr"}
 INT32 = {"table_ptr", "row_starts_ptr", "lengths_ptr", "arrivals_ptr"}
 
@@ -120,6 +122,12 @@ def main() -> None:
         shape = {"HEADS": HEADS, "DIM": DIM, "PAGE": 1, "RAGGED": ragged, "PDL": True}
         rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages}
         print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
+    one = {"ROWS": 1, "PDL": True}
+    for what in ({"SUM": True, "NORM": False}, {"SUM": False, "NORM": False}, {"SUM": False, "NORM": True}):
+        print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
+    print("rope", compile_kernel(_rope_write, {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE} | one, 4))
+    print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048} | one, 4))
+    print("swiglu of a prefill", compile_kernel(_swiglu, {"COLUMNS": COLUMNS} | one, 4))
     print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))
 
 

@@ -1,7 +1,7 @@
 """Steps replayed from graphs. On a CPU they run again instead: what surrounds a graph is the same."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -24,6 +24,7 @@ class Graph:
     """Stands in for a CUDA graph: replaying runs the step again, into the tensor of the first time."""
 
     running: Any = None
+    recorded: Any = None
 
     def replay(self) -> None:
         again, z_H = self.recorded
@@ -81,7 +82,7 @@ class Engine:
 
         return attend
 
-    def step(self, rows: list[tuple[list[int], Spans, int, int, int]]) -> torch.Tensor | None:
+    def step(self, rows: Sequence[tuple[list[int], Spans, int, int, int]]) -> torch.Tensor | None:
         """z_H of rows of (prompt, spans, context, end, first page)."""
         ids: list[int] = []
         positions: list[int] = []
@@ -102,7 +103,8 @@ class Engine:
 
         mask = to(causal, torch.bool) if any(causal) else None
         sequences = Sequences(to(starts), to(lengths), to(table), mask)
-        return self.graphs.replay(*(to(each, torch.int64) for each in (ids, positions, slots)), sequences)
+        tokens = [to(each, torch.int64) for each in (ids, positions, slots)]
+        return self.graphs.replay(tokens[0], tokens[1], tokens[2], sequences)
 
 
 @pytest.fixture
