@@ -100,6 +100,11 @@ def all_hooks() -> list[Hook]:
             "v1/worker/gpu/attn_utils.py",
             "model_specific_attn_metadata.get_extra_attn_kwargs(",
         ),
+        expect(
+            "graphs of steps with prompts",
+            "v1/worker/gpu/model_runner.py",
+            "self.model_state.capture_inner_cudagraphs(",
+        ),
         # A compiled stack runs at other steps by what it finds here under its layers' names.
         expect(
             "one compilation for every step",

@@ -82,13 +82,16 @@ class Prefiller:
         return self._prefill
 
     def capture(self, device: torch.device) -> None:
-        """Capture graphs, if this runs steps here, and drop those there were."""
+        """Capture graphs, if this runs steps here and there is memory for them, and drop those there were."""
         prefill = self._chosen(device)
         if prefill is None:
             return
         from hrm_vllm.prefill_graphs import captured
 
         self.graphs = None
-        self.graphs = captured(prefill, self._decoder, self._config)
-        if self.graphs is not None:
-            logger.info("HRM-Text: %s", self.graphs)
+        try:
+            self.graphs = captured(prefill, self._decoder, self._config)
+        except RuntimeError as error:  # also out of memory, and CUDA's errors
+            logger.warning("HRM-Text: no graphs of steps with prompts, which take longer to launch without: %s", error)
+        else:
+            logger.info("HRM-Text: %s", self.graphs or "no graphs of steps with prompts here")

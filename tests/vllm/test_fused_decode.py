@@ -193,6 +193,25 @@ def taken(llm: Any) -> dict[str, bool]:
     }
 
 
+def test_graphs_that_cannot_be_captured(engine: Engine, reference: Any) -> None:
+    """Then steps run without, and the log says so."""
+    assert "CUDA out of memory" in engine.call(capture_without_memory)
+    assert worst_deviation(reference, engine, [Ask(prompt(6, 50), (0, 4), 1)]) <= TOLERANCE
+
+
+def capture_without_memory(llm: Any) -> str:
+    from unittest.mock import patch
+
+    prefiller = runner_of(llm).model.prefiller
+    with (
+        patch("hrm_vllm.prefill_graphs.captured", side_effect=torch.OutOfMemoryError("CUDA out of memory")),
+        patch("hrm_vllm.prefill.logger") as logger,
+    ):
+        prefiller.capture(torch.device("cpu"))
+    assert prefiller.graphs is None
+    return str(logger.warning.call_args)
+
+
 REASONS = {
     "as it runs": None,
     "drafts": "speculative decoding, whose graphs verify several tokens a request",
