@@ -212,9 +212,10 @@ def why_not_ahead(vllm_config: VllmConfig) -> str | None:
     """Why not every step will run on the fused kernels; None when it will."""
     model, parallel = vllm_config.model_config, vllm_config.parallel_config
     capability = current_platform.get_device_capability()
-    off = launch.why_off_at(capability.major if current_platform.is_cuda() and capability is not None else 0)
-    if off is not None:
-        return off
+    major = capability.major if current_platform.is_cuda() and capability is not None else 0
+    off = launch.why_off_at(major)
+    if off is not None or major != 9:
+        return off or "FlashAttention 3, which the graphs of steps with prompts need, runs on Hopper GPUs only"
     if parallel.tensor_parallel_size * parallel.pipeline_parallel_size > 1:
         return "parallelism"
     if model.quantization is not None or vllm_config.cache_config.cache_dtype not in ("auto", "bfloat16"):

@@ -84,7 +84,9 @@ def flash_builder(base: Any) -> Any:
             return common.replace(causal=False) if common.max_query_len <= 1 else common
 
         def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:
-            kinds = kinds_of_calls(batch, unpaged=self.kv_cache_dtype in (torch.float16, torch.bfloat16))
+            # FA3 alone has such a schedule; FA2 and FA4 were not run.
+            unpaged = self.aot_schedule and self.kv_cache_dtype in (torch.float16, torch.bfloat16)
+            kinds = kinds_of_calls(batch, unpaged)
             device = common.seq_lens.device
             calls = [
                 Call(

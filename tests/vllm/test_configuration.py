@@ -199,6 +199,7 @@ def test_a_tokenizer_without_the_markers_is_refused(tiny: str, tmp_path: Path) -
         ("", {"speculative_config": object()}, True),
         ("platform", {"major": 8}, True),
         ("platform", {"is_cpu": lambda: True}, True),
+        ("platform", {"major": 8, "option": "1"}, True),
         ("environment", {"HRM_TEXT_KERNELS": "0"}, True),
     ],
 )
@@ -222,6 +223,8 @@ def test_nothing_is_compiled_where_every_step_is_the_kernels(
     if part == "environment":
         monkeypatch.setenv("HRM_TEXT_KERNELS", changes["HRM_TEXT_KERNELS"])
     else:
+        if "option" in changes:
+            monkeypatch.setenv("HRM_TEXT_KERNELS", changes["option"])
         changed = platform if part == "platform" else getattr(config, part) if part else config
         vars(changed).update(changes)
     monkeypatch.setattr("hrm_vllm.config.current_platform", platform)
