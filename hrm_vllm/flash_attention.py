@@ -24,12 +24,12 @@ class Call:
     """One call of the kernel.
 
     Attributes:
-        tokens: of the step; None for all of them, indices where they do not follow one another.
+        tokens: of the step; indices where they do not follow one another.
         metadata: of the sequences in these tokens.
         unpaged: whether keys and values are those of these tokens.
     """
 
-    tokens: slice | torch.Tensor | None
+    tokens: slice | torch.Tensor
     metadata: Any
     unpaged: bool
 
@@ -44,15 +44,19 @@ def token_indices(batch: VirtualBatch) -> np.ndarray:
     return np.concatenate([np.arange(s, e, dtype=np.int64) for s, e in zip(batch.starts, batch.ends, strict=True)])
 
 
-def tokens_of(part: VirtualBatch, device: torch.device) -> slice | torch.Tensor:
-    """Where `part`'s query tokens are in the flattened step, as an index."""
-    if (part.starts[1:] == part.ends[:-1]).all():
-        return slice(int(part.starts[0]), int(part.ends[-1]))
-    return torch.from_numpy(token_indices(part)).to(device, non_blocking=True)
+def tokens_of(batch: VirtualBatch, keep: np.ndarray, device: torch.device) -> slice | torch.Tensor:
+    """Where the query tokens of some sequences are in the flattened step, as an index."""
+    part = select(batch, keep)
+    if gathers(batch, keep):
+        return torch.from_numpy(token_indices(part)).to(device, non_blocking=True)
+    return slice(int(part.starts[0]), int(part.ends[-1]))
 
 
 def kinds_of_calls(batch: VirtualBatch, unpaged: bool) -> list[tuple[np.ndarray, bool, bool]]:
-    """(sequences, causal, unpaged) of each call that the batch takes.
+    """(sequences, causal, unpaged) of each call that the batch takes, in order.
+
+    The sequences of one kind need not follow one another. To gather their tokens would copy them at every layer, so
+    the call for the most tokens comes first and takes all sequences; those of other kinds are then computed again.
 
     Args:
         batch: its virtual sequences.
@@ -65,7 +69,17 @@ def kinds_of_calls(batch: VirtualBatch, unpaged: bool) -> list[tuple[np.ndarray,
     if not unpaged or (not whole.all() and lengths[whole].sum() < MIN_UNPAGED_TOKENS):
         rest, whole = rest | whole, np.zeros_like(whole)
     kinds = [(rest, False, False), (whole, False, True), (causal, True, False)]
-    return [kind for kind in kinds if lengths[kind[0]].sum()]  # a batch may end in padding without tokens
+    # A batch may end in padding without tokens.
+    kinds = sorted((kind for kind in kinds if lengths[kind[0]].sum()), key=lambda kind: -lengths[kind[0]].sum())
+    most, *others = kinds
+    if gathers(batch, most[0]):
+        most = (np.ones_like(most[0]), *most[1:])
+    return [most, *others]
+
+
+def gathers(batch: VirtualBatch, keep: np.ndarray) -> bool:
+    """Whether other tokens lie between those of some sequences."""
+    return not (batch.starts[keep][1:] == batch.ends[keep][:-1]).all()
 
 
 def flash_overrides(base: type[AttentionBackend]) -> dict[str, Any]:
@@ -89,11 +103,7 @@ def flash_builder(base: Any) -> Any:
             kinds = kinds_of_calls(batch, unpaged)
             device = common.seq_lens.device
             calls = [
-                Call(
-                    None if keep.all() else tokens_of(select(batch, keep), device),
-                    self._build_part(common, select(batch, keep), causal),
-                    unpaged,
-                )
+                Call(tokens_of(batch, keep, device), self._build_part(common, select(batch, keep), causal), unpaged)
                 for keep, causal, unpaged in kinds
             ]
             metadata = calls[0].metadata if len(calls) == 1 else self._build_part(common, batch, causal=False)
@@ -148,8 +158,7 @@ def flash_impl(base: Any) -> Any:
                     layer, query, key, value, kv_cache, attn_metadata, output, output_scale, output_block_scale
                 )
             for call in calls:
-                metadata = call.metadata
-                tokens = slice(0, metadata.num_actual_tokens) if call.tokens is None else call.tokens
+                tokens, metadata = call.tokens, call.metadata
                 out = torch.empty_like(output[: len(tokens)]) if isinstance(tokens, torch.Tensor) else output[tokens]
                 if call.unpaged:
                     self._attend_unpaged(query[tokens], key[tokens], value[tokens], out, metadata)

@@ -190,18 +190,23 @@ def test_which_prompts_read_their_own_keys() -> None:
     """Those that are all there, alone or in a step of enough of them; never beside a quantised cache."""
     whole, decode, cached = (0, 3000, ((0, 3000),)), (9, 10, ((0, 5),)), (4, 40, ((4, 40),))
 
-    def calls(drawn: list[tuple[int, int, Spans]], unpaged: bool = True) -> list[tuple[list[bool], bool]]:
+    def calls(drawn: list[tuple[int, int, Spans]], unpaged: bool = True) -> list[tuple[list[bool], str]]:
         starts = np.concatenate([[0], np.cumsum([end - context for context, end, _ in drawn])])
         batch = split_rows([spans for *_, spans in drawn], starts, np.array([end for _, end, _ in drawn]))
         assert batch is not None
         kinds = flash_attention.kinds_of_calls(batch, unpaged)
-        return [(keep.tolist(), own) for keep, causal, own in kinds if not causal]
+        return [(keep.tolist(), "causal" if causal else "own" if own else "pages") for keep, causal, own in kinds]
 
     small = (0, 8, ((0, 8),))
-    assert calls([small]) == [([True], True)]
-    assert calls([small], unpaged=False) == [([True], False)]
-    assert calls([decode, small, cached]) == [([True, True, True], False)]
-    assert calls([decode, whole, cached]) == [([True, False, True], False), ([False, True, False], True)]
+    assert calls([small]) == [([True], "own")]
+    assert calls([small], unpaged=False) == [([True], "pages")]
+    assert calls([decode, small, cached]) == [([True, True, True], "pages")]
+    assert calls([decode, whole]) == [([False, True], "own"), ([True, False], "pages")]
+    assert calls([whole, cached, whole]) == [([True, True, True], "own"), ([False, True, False], "pages")]
+    scored = (0, 3004, ((0, 3000),))
+    assert calls([scored, scored]) == [([True] * 4, "own"), ([False, True, False, True], "causal")]
+    asked = (4, 64, ((4, 8),))
+    assert calls([asked, asked]) == [([True] * 4, "causal"), ([True, False, True, False], "pages")]
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
