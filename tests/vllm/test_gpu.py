@@ -180,6 +180,23 @@ def test_the_fused_kernels_run_where_they_should(engines: Mapping[str, Engine], 
         assert ("not on the fused kernels: speculative decoding" in log) == (name == "flash bf16 drafts")
 
 
+def test_an_engine_with_every_default(
+    checkpoint: str, gpu_reference: Any, yardsticks: dict[str, Yardstick], tmp_path: Path
+) -> None:
+    """Its cache sized by vLLM's memory profile, which captures graphs of its own, and all sizes of them."""
+    options = {"on_gpu": True, "enforce_eager": False, "dtype": "bfloat16", "gpu_memory_utilization": 0.2}
+    with Engine(model=checkpoint, log=tmp_path / "log", **options) as engine:
+        emitted = []
+        for count in (1, 3, 8):  # up to 1,600 tokens in a step
+            batch = [Ask(prompt(150 + 7 * seed, seed), (0, 15 + 20 * seed), 8) for seed in range(count)]
+            emitted += emitted_by(gpu_reference, engine, batch)
+    assert "graphs of steps with prompts: 28, up to 2560 tokens" in (tmp_path / "log").read_text()
+    measured, yardstick = Yardstick.of(emitted), yardsticks["bf16"]
+    print(f"\ndefaults: {measured}")
+    assert measured.mean <= 1.2 * yardstick.mean
+    assert measured.largest <= 2 * yardstick.largest
+
+
 def graph_mode(llm: Any) -> str:
     return llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
 
