@@ -184,8 +184,8 @@ def test_an_engine_with_every_default(
     checkpoint: str, gpu_reference: Any, yardsticks: dict[str, Yardstick], tmp_path: Path
 ) -> None:
     """Its cache sized by vLLM's memory profile, which captures graphs of its own, and all sizes of them."""
-    options = {"on_gpu": True, "enforce_eager": False, "dtype": "bfloat16", "gpu_memory_utilization": 0.2}
-    with Engine(model=checkpoint, log=tmp_path / "log", **options) as engine:
+    options: dict[str, Any] = {"enforce_eager": False, "dtype": "bfloat16", "gpu_memory_utilization": 0.2}
+    with Engine(model=checkpoint, on_gpu=True, log=tmp_path / "log", **options) as engine:
         emitted = []
         for count in (1, 3, 8):  # up to 1,600 tokens in a step
             batch = [Ask(prompt(150 + 7 * seed, seed), (0, 15 + 20 * seed), 8) for seed in range(count)]
