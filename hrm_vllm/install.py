@@ -60,7 +60,7 @@ def all_hooks() -> list[Hook]:
         _model_config(),
         _chat_renderer(),
         wrap("model names", "vllm.engine.arg_utils:EngineArgs.create_engine_config", model_names.resolving),
-        wrap("model names offline", "vllm.engine.arg_utils:get_model_path", model_names.resolving_path),
+        wrap("model names offline", "vllm.engine.arg_utils:get_model_path", model_names.keeping_names),
         wrap(
             "tokenizer names",
             "vllm.tokenizers.registry:cached_resolve_tokenizer_args",

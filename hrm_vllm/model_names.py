@@ -39,11 +39,24 @@ def resolving(original: Callable[..., Any]) -> Callable[..., Any]:
 def resolving_path(original: Callable[..., Any]) -> Callable[..., Any]:
     """For functions that take a model's name or path first of all.
 
-    `arg_utils.get_model_path` is what `EngineArgs` calls with HF_HUB_OFFLINE=1. lm-eval's backend, like other
-    programs around `LLM`, asks transformers for the configuration and vLLM for the tokenizer by the name it was given.
+    lm-eval's backend, like other programs around `LLM`, asks transformers for the configuration and vLLM for the
+    tokenizer by the name it was given.
     """
 
     def resolved(model: Any, *args: Any, **kwargs: Any) -> Any:
         return original(resolve_model(model) if isinstance(model, str) else model, *args, **kwargs)
 
     return resolved
+
+
+def keeping_names(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `arg_utils.get_model_path`, with which `EngineArgs` looks for a model when HF_HUB_OFFLINE=1.
+
+    Our names stay until `create_engine_config`: a path in their place would become the name that clients have to use.
+    """
+
+    def get_model_path(model: Any, *args: Any, **kwargs: Any) -> Any:
+        known = isinstance(model, str) and resolve_model(model) != model
+        return model if known else original(model, *args, **kwargs)
+
+    return get_model_path

@@ -55,7 +55,9 @@ def test_the_envelope_is_known_without_a_tokenizer() -> None:
 def test_nano_by_name_without_a_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("vllm.engine.arg_utils.huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert configure("hrm-text-nano").model_config.model == str(nano_path())
+    config = configure("hrm-text-nano", tokenizer="hrm-text-nano").model_config
+    assert config.model == config.tokenizer == str(nano_path())
+    assert config.served_model_name == "hrm-text-nano"
 
 
 def test_1b_by_its_variable(monkeypatch: pytest.MonkeyPatch, tiny: str) -> None:
