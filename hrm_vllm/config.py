@@ -204,6 +204,7 @@ def _leave_prefill_to_the_kernels(vllm_config: VllmConfig) -> None:
     if current_platform.is_cpu() or asked or vllm_config.model_config.enforce_eager:
         return
     if why_not_ahead(vllm_config) is None:
+        logger.info("HRM-Text: torch.compile is left off: every step runs on the fused kernels; -cc.mode=3 asks for it")
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
 
