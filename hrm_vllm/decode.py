@@ -51,8 +51,8 @@ class Decoder:
         """z_H after the last step; None where vLLM's own layers have to run the batch."""
         if self._decided and self.fused is None:
             return None
-        metadata = self._decode_metadata()
-        if metadata is None:
+        metadata = self.metadata()
+        if not getattr(metadata, "prefix_lm_decode", False):  # more than a query token a request, or a dry run
             return None
         self.decide(positions.device)
         piecewise = get_forward_context().cudagraph_runtime_mode == CUDAGraphMode.PIECEWISE
@@ -80,15 +80,14 @@ class Decoder:
         with ir.ops.rms_norm.set_priority(["vllm_c", "native"]):
             return self.fused(z_H, z_L, batch, self.caches)
 
-    def _decode_metadata(self) -> Any:
-        """Attention metadata of a batch with one query token a request; None for any other batch, and dry runs."""
+    def metadata(self) -> Any:
+        """Attention metadata of the step; None where there is none, or not one of the whole batch."""
         if not is_forward_context_available():
             return None
         by_layer = get_forward_context().attn_metadata
         if not isinstance(by_layer, dict):  # None in the profile run, a list with microbatches
             return None
-        metadata = by_layer.get(next(iter(self.layers.values())).layer_name)
-        return metadata if getattr(metadata, "prefix_lm_decode", False) else None
+        return by_layer.get(next(iter(self.layers.values())).layer_name)
 
     def decide(self, device: torch.device) -> None:
         """Choose the kernels or vLLM's layers, once."""

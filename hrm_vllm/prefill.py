@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import CompilationMode, VllmConfig
-from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
 from hrm_vllm.decode import Decoder
@@ -37,16 +36,13 @@ class Prefiller:
 
     def recur(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """z_H after the last step; None where vLLM's own layers have to run the batch."""
-        by_layer = get_forward_context().attn_metadata if is_forward_context_available() else None
-        if not isinstance(by_layer, dict):  # a dry run; a list with microbatches
-            return None
-        prefill = self._chosen(positions.device)
+        metadata = self._decoder.metadata()
+        prefill = None if metadata is None else self._chosen(positions.device)
         if prefill is None:
             return None
         from hrm_text.kernels.pointwise import PrefillBatch
 
         decoder, layers = self._decoder, self._decoder.layers
-        metadata = by_layer[layers[0].layer_name]
         replayed = self._replayed(input_ids, positions, metadata)
         if replayed is not None:
             return replayed

@@ -10,8 +10,7 @@ import torch
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch
-from hrm_text.kernels.prefill import FusedPrefill
-from hrm_text.model import Block, HrmTextBody
+from hrm_text.kernels.prefill import FusedPrefill, first_layer
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
 SIZES = (1, 4, 8, 16, 32, 64, 96, 128, 256, 512)
@@ -58,13 +57,6 @@ def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) 
     padding = PrefillBatch(empty.positions, empty.write_slots, empty.page_size, empty.cos_sin)
     zeros = torch.zeros(16, body.shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device)
     return FusedPrefill(body).one_layer(zeros, zeros, padding, caches, lambda slot, q, k, v: q.contiguous())
-
-
-def first_layer(body: HrmTextBody) -> tuple[Block, int]:
-    """A layer that this stage runs, and its KV slot."""
-    step = body.stage[0]
-    stack = body.L_module if body.steps[step] == "L" else body.H_module
-    return stack.layers[0], body.shape.plan.slot(step, 0)
 
 
 def empty_batch(batch: DecodeBatch, size: int) -> DecodeBatch:

@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import linear
 
+from hrm_text.kernels.decode import KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rms, rope_write, swiglu
-from hrm_text.model import HrmTextBody, StackModule
+from hrm_text.model import Block, HrmTextBody
 
-KVCaches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
 # (slot, q, k, v) -> out: attention over KV slot `slot`, whose cache has k and v; each (tokens, heads, head_dim), and
 # out contiguous.
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -38,7 +38,8 @@ class FusedPrefill:
             attend: the engine's attention.
         """
         body = self.body
-        weights = {"L": weights_of(body.L_module), "H": weights_of(body.H_module)}
+        stacks = {"L": body.L_module, "H": body.H_module}
+        weights = {kind: [weights_of(block) for block in stack.layers] for kind, stack in stacks.items()}
         z_L = z_L.contiguous()
         for step in body.stage:
             kind = body.steps[step]
@@ -54,11 +55,9 @@ class FusedPrefill:
         self, z_H: torch.Tensor, z_L: torch.Tensor, batch: PrefillBatch, caches: KVCaches, attend: Attend
     ) -> torch.Tensor:
         """A pass of a stack of one layer: every kernel of a whole step, to have them compiled and loaded."""
-        body = self.body
-        stack = body.L_module if body.steps[body.stage[0]] == "L" else body.H_module
+        block, slot = first_layer(self.body)
         x, factors = add_rms(z_L.contiguous(), z_H, self.eps)
-        slot = body.shape.plan.slot(body.stage[0], 0)
-        self.layer(x, factors, weights_of(stack)[0], batch, slot, caches, attend)
+        self.layer(x, factors, weights_of(block), batch, slot, caches, attend)
         return norm(x, self.eps)
 
     def layer(
@@ -83,14 +82,14 @@ class FusedPrefill:
         x.addmm_(swiglu(linear(x, gate_up_proj), rms(x, self.eps)), down_proj.t())
 
 
-def weights_of(stack: StackModule) -> list[Weights]:
-    """The projections of each layer."""
-    return [
-        (
-            block.self_attn.gqkv_proj.weight,
-            block.self_attn.o_proj.weight,
-            block.mlp.gate_up_proj.weight,
-            block.mlp.down_proj.weight,
-        )
-        for block in stack.layers
-    ]
+def weights_of(block: Block) -> Weights:
+    """The projections of a layer."""
+    attention, mlp = block.self_attn, block.mlp
+    return attention.gqkv_proj.weight, attention.o_proj.weight, mlp.gate_up_proj.weight, mlp.down_proj.weight
+
+
+def first_layer(body: HrmTextBody) -> tuple[Block, int]:
+    """A layer that this stage runs, and its KV slot."""
+    step = body.stage[0]
+    stack = body.L_module if body.steps[step] == "L" else body.H_module
+    return stack.layers[0], body.shape.plan.slot(step, 0)

@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
+from hrm_text.kernels.decode import KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch
-from hrm_text.kernels.prefill import Attend, FusedPrefill, KVCaches
+from hrm_text.kernels.prefill import Attend, FusedPrefill
 
 # Up to 2,560 tokens a step takes longer to launch than to run; padding is cheap below 16.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560)
