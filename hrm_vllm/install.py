@@ -114,6 +114,12 @@ def all_hooks() -> list[Hook]:
         expect(
             "FA3's schedule of a split batch", "v1/attention/backends/flash_attn.py", "def _get_scheduler_metadata("
         ),
+        # Read when the first batch is split, which no dry run is.
+        expect(
+            "prompts' own keys",
+            "v1/attention/backends/flash_attn.py",
+            "self.kv_cache_dtype = kv_cache_spec.dtype",
+        ),
         # Called in both scheduling loops.
         expect("span-aligned scheduler", "v1/core/sched/scheduler.py", "self._reserve_prefill_lookahead(", times=2),
     ]
