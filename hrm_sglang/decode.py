@@ -16,17 +16,43 @@ logger = logging.getLogger("sglang.srt.hrm_sglang")
 
 
 class Decoder:
-    """Decides at the first decode step, when the weights are loaded, and stays with it.
+    """Decides at the first step, when the weights are loaded, and stays with it.
 
     Args:
         body: of the model.
+
+    Attributes:
+        layers: SGLang's attention layer of each KV slot.
     """
 
     def __init__(self, body: HrmTextBody) -> None:
         check_option()  # so that a wrong one stops the engine as it starts
-        self._body = body
-        self._decided = False
-        self.fused: FusedDecode | None = None
+        self.body = body
+        self.layers = {
+            body.shape.plan.slot(int(step), index): paged.attn
+            for stack in (body.L_module, body.H_module)
+            for index, block in enumerate(stack.layers)
+            for step, paged in block.self_attn.attn.items()
+        }
+        self._decided = self._compiled = False
+        self._fused: FusedDecode | None = None
+
+    def chosen(self, device: torch.device) -> FusedDecode | None:
+        """The kernels; None where SGLang's own layers have to run."""
+        if not self._decided:
+            self._decided = True
+            dtype = next(self.body.parameters()).dtype
+            self._fused = choose(self.body, dtype, device, "SGLang", _why_not(_backend(), dtype), logger)
+        return self._fused
+
+    def cos_sin(self) -> torch.Tensor:
+        """(positions, head_dim), [cos | sin] of each position."""
+        return self.body.L_module.layers[0].self_attn.rotary_emb.cos_sin_cache
+
+    def caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a KV slot, (tokens, 1, heads, head_dim) each."""
+        k, v = _backend().token_to_kv_pool.get_kv_buffer(slot)
+        return k.unsqueeze(1), v.unsqueeze(1)
 
     def recur(
         self, positions: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor, forward_batch: Any
@@ -34,24 +60,16 @@ class Decoder:
         """z_H after the last step; None where SGLang's own layers have to run the batch."""
         if not forward_batch.forward_mode.is_decode():
             return None
-        backend = _backend()
-        first, self._decided = not self._decided, True
-        if first:
-            reason = _why_not(backend, z_H.dtype)
-            self.fused = choose(self._body, z_H.dtype, z_H.device, "SGLang", reason, logger)
-        if self.fused is None:
+        fused = self.chosen(z_H.device)
+        if fused is None:
             return None
-        table, row_starts, lengths = backend.decode_table()
-        rope = self._body.L_module.layers[0].self_attn.rotary_emb
-        batch = DecodeBatch(positions, forward_batch.out_cache_loc, table, row_starts, lengths, 1, rope.cos_sin_cache)
-
-        def caches(slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-            k, v = backend.token_to_kv_pool.get_kv_buffer(slot)
-            return k.unsqueeze(1), v.unsqueeze(1)
-
-        if first:  # with graphs that is the largest of them
-            compile_ahead(self.fused, batch, caches, len(positions))
-        return self.fused(z_H, z_L, batch, caches)
+        table, row_starts, lengths = _backend().decode_table()
+        slots = forward_batch.out_cache_loc
+        batch = DecodeBatch(positions, slots, table, row_starts, lengths, 1, self.cos_sin())
+        if not self._compiled:  # with graphs that is the largest of them
+            self._compiled = True
+            compile_ahead(fused, batch, self.caches, len(positions))
+        return fused(z_H, z_L, batch, self.caches)
 
 
 def _backend() -> Any:

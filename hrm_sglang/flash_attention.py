@@ -8,6 +8,7 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from sglang.srt.layers.radix_attention import AttentionType
 
 from hrm_sglang.attention import VirtualSequence, computed_again, cut_batch
+from hrm_text.kernels.prefill_graphs import Sequences
 
 
 class PrefixLMFlashBackend(FlashAttentionBackend):
@@ -24,6 +25,7 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
         super().__init__(runner, *args, **kwargs)
         self._pieces: FlashAttentionMetadata | None = None
         self._again: tuple[torch.Tensor, FlashAttentionMetadata] | None = None
+        self._unpaged = False  # whether every piece is a span without a context, so that the step has all of its KV
 
     def init_forward_metadata(self, forward_batch: Any) -> None:
         super().init_forward_metadata(forward_batch)
@@ -32,6 +34,7 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
         if cut is None:
             return
         self._pieces = self._metadata(cut)
+        self._unpaged = all(piece.bidirectional and piece.prefix == 0 for piece in cut)
         again, tokens = computed_again(cut)
         if again:
             self._again = tokens.to(self.device), self._metadata(again)
@@ -62,6 +65,9 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
     ) -> torch.Tensor:
         if self._pieces is None or not forward_batch.forward_mode.is_extend_without_speculative():
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if self._unpaged and not save_kv_cache:  # pages of one token are slower to read
+            starts, longest = self._pieces.cu_seqlens_q, self._pieces.max_seq_len_q
+            return self.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, softmax_scale=layer.scaling)
         stock, kind = self.forward_metadata, layer.attn_type
         try:
             self.forward_metadata, layer.attn_type = self._pieces, AttentionType.DECODER_BIDIRECTIONAL
@@ -74,3 +80,29 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
             return out
         finally:
             self.forward_metadata, layer.attn_type = stock, kind
+
+    def sequences(self, tokens: int) -> Sequences:
+        """For `hrm_text.kernels.prefill_graphs`: what attention sees of an extend batch of `tokens` tokens."""
+        pieces, causal = self._pieces, None
+        if pieces is None or self._again is not None:
+            causal = torch.full((tokens,), pieces is None, device=self.device)
+        if self._again is not None:
+            causal[self._again[0]] = True
+        own = self.forward_metadata if pieces is None else pieces
+        return Sequences(own.cu_seqlens_q, own.cache_seqlens_int32, own.page_table, causal)
+
+    def attend(self, slot: int, q: torch.Tensor, sequences: Sequences, longest: int, causal: bool) -> torch.Tensor:
+        """Attention of (tokens, heads, head_dim) queries, at most `longest` of a sequence, over the pool."""
+        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(slot)
+        return self.flash_attn_with_kvcache(
+            q=q,
+            k_cache=k_cache.unsqueeze(1),
+            v_cache=v_cache.unsqueeze(1),
+            page_table=sequences.table,
+            cache_seqlens=sequences.lengths,
+            cu_seqlens_q=sequences.query_start,
+            max_seqlen_q=longest,
+            softmax_scale=q.shape[-1] ** -0.5,
+            causal=causal,
+            num_splits=self.num_splits,
+        )

@@ -12,6 +12,7 @@ from torch import nn
 from hrm_sglang import lora
 from hrm_sglang.decode import Decoder
 from hrm_sglang.layers import SglangLayers
+from hrm_sglang.prefill import Prefiller
 from hrm_text.config import HrmTextShape, read_config
 from hrm_text.model import HrmTextBody
 from hrm_text.weights import PACKED_MODULES, load_into
@@ -39,6 +40,7 @@ class HrmTextForCausalLM(nn.Module):
             )
         self.logits_processor = LogitsProcessor(config)
         self.decoder = Decoder(self.model)
+        self.prefiller = Prefiller(self.decoder)
 
     def get_input_embeddings(self) -> nn.Module:
         return self.model.embed_tokens
@@ -63,11 +65,16 @@ class HrmTextForCausalLM(nn.Module):
         forward_batch: Any,
         input_embeds: torch.Tensor | None = None,
     ) -> Any:
-        embeddings = self.model.embed(input_ids) if input_embeds is None else input_embeds * self.shape.embedding_scale
-        z_H, z_L = self.model.begin(embeddings)
-        decoded = self.decoder.recur(positions, z_H, z_L, forward_batch)
-        z_H = self.model.recur(positions, z_H, z_L, forward_batch)[0] if decoded is None else decoded
-        return self.logits_processor(input_ids, z_H, self.lm_head, forward_batch)
+        final = self.prefiller.recur(input_ids, positions, forward_batch) if input_embeds is None else None
+        if final is None:
+            scale = self.shape.embedding_scale
+            z_H, z_L = self.model.begin(self.model.embed(input_ids) if input_embeds is None else input_embeds * scale)
+            final = self.decoder.recur(positions, z_H, z_L, forward_batch)
+            if final is None:
+                final, _ = self.model.recur(positions, z_H, z_L, forward_batch)
+            else:
+                self.prefiller.capture()
+        return self.logits_processor(input_ids, final, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Load a checkpoint; every parameter must be found in it.
