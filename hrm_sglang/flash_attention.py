@@ -83,12 +83,14 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
 
     def sequences(self, tokens: int) -> Sequences:
         """For `hrm_text.kernels.prefill_graphs`: what attention sees of an extend batch of `tokens` tokens."""
-        pieces, causal = self._pieces, None
-        if pieces is None or self._again is not None:
-            causal = torch.full((tokens,), pieces is None, device=self.device)
-        if self._again is not None:
+        pieces = self._pieces
+        if pieces is None:
+            own, causal = self.forward_metadata, torch.ones(tokens, dtype=torch.bool, device=self.device)
+        elif self._again is None:
+            own, causal = pieces, None
+        else:
+            own, causal = pieces, torch.zeros(tokens, dtype=torch.bool, device=self.device)
             causal[self._again[0]] = True
-        own = self.forward_metadata if pieces is None else pieces
         return Sequences(own.cu_seqlens_q, own.cache_seqlens_int32, own.page_table, causal)
 
     def attend(self, slot: int, q: torch.Tensor, sequences: Sequences, longest: int, causal: bool) -> torch.Tensor:
