@@ -8,7 +8,7 @@ from sglang.srt.layers.attention.flashattention_backend import FlashAttentionBac
 from sglang.srt.layers.radix_attention import AttentionType
 
 from hrm_sglang.attention import VirtualSequence, computed_again, cut_batch
-from hrm_text.kernels.prefill_graphs import Sequences
+from hrm_text.kernels.prefill_graphs import Kind, Sequences
 
 
 class PrefixLMFlashBackend(FlashAttentionBackend):
@@ -91,10 +91,23 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
         else:
             own, causal = pieces, torch.zeros(tokens, dtype=torch.bool, device=self.device)
             causal[self._again[0]] = True
-        return Sequences(own.cu_seqlens_q, own.cache_seqlens_int32, own.page_table, causal)
+        fresh = pieces is not None and self._unpaged
+        return Sequences(own.cu_seqlens_q, own.cache_seqlens_int32, own.page_table, causal, fresh)
 
-    def attend(self, slot: int, q: torch.Tensor, sequences: Sequences, longest: int, causal: bool) -> torch.Tensor:
-        """Attention of (tokens, heads, head_dim) queries, at most `longest` of a sequence, over the pool."""
+    def attend(
+        self,
+        slot: int,
+        step: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+        sequences: Sequences,
+        longest: int,
+        kind: Kind,
+    ) -> torch.Tensor:
+        """Attention of a step's (tokens, heads, head_dim) q, k and v, at most `longest` of a sequence, over its KV."""
+        q, k, v = step
+        if kind == "fresh":
+            starts = sequences.query_start
+            scale = q.shape[-1] ** -0.5
+            return self.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, softmax_scale=scale)
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(slot)
         return self.flash_attn_with_kvcache(
             q=q,
@@ -105,6 +118,6 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
             cu_seqlens_q=sequences.query_start,
             max_seqlen_q=longest,
             softmax_scale=q.shape[-1] ** -0.5,
-            causal=causal,
+            causal=kind == "causal",
             num_splits=self.num_splits,
         )

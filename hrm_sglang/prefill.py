@@ -11,11 +11,12 @@ import torch
 from hrm_sglang.decode import Decoder
 from hrm_text.kernels.pointwise import PrefillBatch
 from hrm_text.kernels.prefill import Attend, FusedPrefill
-from hrm_text.kernels.prefill_graphs import SIZES, PrefillGraphs, Sequences, empty_inputs
+from hrm_text.kernels.prefill_graphs import SIZES, Kind, PrefillGraphs, Sequences, empty_inputs
 
 logger = logging.getLogger("sglang.srt.hrm_sglang")
 
 MOST_SEQUENCES = 256  # of a graph
+KINDS: tuple[Kind, ...] = ("fresh", "cached", "causal")  # pages of one token are slow to read
 
 
 class Prefiller:
@@ -62,12 +63,12 @@ class Prefiller:
         if not hasattr(backend, "sequences"):
             return
 
-        def attention(sequences: Sequences, size: int, causal: bool) -> Attend:
-            return lambda slot, q, k, v: backend.attend(slot, q, sequences, size, causal)
+        def attention(sequences: Sequences, size: int, kind: Kind) -> Attend:
+            return lambda slot, q, k, v: backend.attend(slot, (q, k, v), sequences, size, kind)
 
         longest = max(get_server_args().context_length or 0, decoder.body.shape.max_positions)
         inputs = empty_inputs(SIZES[-1], MOST_SEQUENCES, longest, 1, decoder.cos_sin())
-        graphs = PrefillGraphs(self._prefill, *inputs, decoder.caches, attention, list(SIZES))
+        graphs = PrefillGraphs(self._prefill, *inputs, decoder.caches, attention, list(SIZES), KINDS)
         try:
             graphs.capture(torch.cuda.graph_pool_handle())
         except RuntimeError as error:  # also out of memory, and CUDA's errors

@@ -8,7 +8,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backends import fa_utils
 
 from hrm_text.kernels.prefill import Attend, FusedPrefill
-from hrm_text.kernels.prefill_graphs import SIZES, PrefillGraphs, Sequences, empty_inputs
+from hrm_text.kernels.prefill_graphs import SIZES, Kind, PrefillGraphs, Sequences, empty_inputs
 from hrm_vllm.config import graph_sizes
 from hrm_vllm.decode import Decoder
 
@@ -25,7 +25,7 @@ def captured(prefill: FusedPrefill, decoder: Decoder, config: VllmConfig) -> Pre
     shape, page_size, longest = decoder.body.shape, decoder.page_size(), config.model_config.max_model_len
     count = min(sizes[-1], config.scheduler_config.max_num_seqs)
 
-    def attention(sequences: Sequences, size: int, causal: bool) -> Attend:
+    def attention(sequences: Sequences, size: int, kind: Kind) -> Attend:
         # FA3's schedule, once for all layers.
         schedule = fa_utils.get_scheduler_metadata(
             batch_size=len(sequences.lengths),
@@ -38,7 +38,7 @@ def captured(prefill: FusedPrefill, decoder: Decoder, config: VllmConfig) -> Pre
             qkv_dtype=torch.bfloat16,
             cu_seqlens_q=sequences.query_start,
             page_size=page_size,
-            causal=causal,
+            causal=kind == "causal",
         )
 
         def attend(slot: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -54,7 +54,7 @@ def captured(prefill: FusedPrefill, decoder: Decoder, config: VllmConfig) -> Pre
                 block_table=sequences.table,
                 scheduler_metadata=schedule,
                 softmax_scale=shape.head_dim**-0.5,
-                causal=causal,
+                causal=kind == "causal",
                 fa_version=FLASH_VERSION,
             )
 

@@ -1,13 +1,15 @@
 """CUDA graphs of whole steps with prompts in them, for the sizes at which launching 1,300 kernels takes longest.
 
-A graph reads a step's tokens and sequences from buffers of its own. Each size has two: one attention call a layer, not
-causal, runs every step without causal pieces of several tokens; any other takes a causal call as well, over the same
-sequences, and each token's result from the call that is its own. The engine supplies the calls.
+A graph reads a step's tokens and sequences from buffers of its own. Each size has one for each kind of step. "cached": one
+attention call a layer, not causal, over pages, runs every step without causal pieces of several tokens. "causal": any
+other takes a causal call as well, over the same sequences, and each token's result from the call that is its own. "fresh",
+where the engine's pages are slow to read: spans that are all there attend to the step's own keys. The engine supplies the
+calls.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -15,6 +17,7 @@ from hrm_text.kernels.decode import KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch
 from hrm_text.kernels.prefill import Attend, FusedPrefill
 
+Kind = Literal["fresh", "cached", "causal"]
 # Up to 2,560 tokens a step takes longer to launch than to run; padding is cheap below 16.
 SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560)
 
@@ -28,12 +31,14 @@ class Sequences:
         lengths: int32 (sequences,), KV tokens that each sees.
         table: int32 (sequences, pages).
         causal: bool (tokens,), the tokens of causal sequences; None where no such sequence has several tokens.
+        fresh: whether no sequence has KV of earlier steps.
     """
 
     query_start: torch.Tensor
     lengths: torch.Tensor
     table: torch.Tensor
     causal: torch.Tensor | None
+    fresh: bool = False
 
 
 class PrefillGraphs:
@@ -44,8 +49,9 @@ class PrefillGraphs:
         batch: the graphs' own tensors, as long as the longest of them: what they read of a step's tokens.
         sequences: the same for its sequences.
         caches: (k_cache, v_cache) of a KV slot.
-        attention: makes, inside of a graph, the call over sequences of a step of so many tokens, causal or not.
+        attention: makes, inside of a graph, the call of a kind over sequences of a step of so many tokens.
         sizes: tokens of the graphs, none longer than `batch`.
+        kinds: of the graphs.
     """
 
     def __init__(
@@ -54,13 +60,14 @@ class PrefillGraphs:
         batch: PrefillBatch,
         sequences: Sequences,
         caches: KVCaches,
-        attention: Callable[[Sequences, int, bool], Attend],
+        attention: Callable[[Sequences, int, Kind], Attend],
         sizes: list[int],
+        kinds: tuple[Kind, ...] = ("cached", "causal"),
     ) -> None:
         self._prefill, self._batch, self._sequences = prefill, batch, sequences
-        self._caches, self._attention, self._sizes = caches, attention, sorted(sizes)
+        self._caches, self._attention, self._sizes, self._kinds = caches, attention, sorted(sizes), kinds
         self._ids = torch.zeros_like(batch.positions)
-        self._graphs: dict[tuple[int, bool], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
+        self._graphs: dict[tuple[int, Kind], tuple[torch.cuda.CUDAGraph, torch.Tensor]] = {}
         self._bound = self._bound_caches()
 
     def __str__(self) -> str:
@@ -77,12 +84,12 @@ class PrefillGraphs:
     def capture(self, pool: Any) -> None:
         """Capture every size, the largest first, so that the others fit into its memory."""
         for size in reversed(self._sizes):
-            self._run(size, True, self._prefill.one_layer)  # loads the kernels that cuBLAS has for this size
-            for causal in (False, True):
+            for kind in self._kinds:
+                self._run(size, kind, self._prefill.one_layer)  # loads the kernels that cuBLAS has for this size
                 graph = torch.cuda.CUDAGraph()
                 with torch.cuda.graph(graph, pool=pool):
-                    z_H = self._run(size, causal, self._prefill)
-                self._graphs[size, causal] = graph, z_H
+                    z_H = self._run(size, kind, self._prefill)
+                self._graphs[size, kind] = graph, z_H
 
     def replay(
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, sequences: Sequences
@@ -97,7 +104,9 @@ class PrefillGraphs:
         if size is None or len(sequences.lengths) > self._most_sequences(size):
             return None
         self._fill(ids, positions, slots, sequences)
-        graph, z_H = self._graphs[size, sequences.causal is not None]
+        fresh = sequences.fresh and "fresh" in self._kinds
+        kind: Kind = "causal" if sequences.causal is not None else "fresh" if fresh else "cached"
+        graph, z_H = self._graphs[size, kind]
         graph.replay()
         return z_H[: len(ids)]
 
@@ -121,13 +130,13 @@ class PrefillGraphs:
             assert own.causal is not None
             own.causal[:tokens].copy_(sequences.causal)
 
-    def _run(self, size: int, causal: bool, run: Callable[..., torch.Tensor]) -> torch.Tensor:
+    def _run(self, size: int, kind: Kind, run: Callable[..., torch.Tensor]) -> torch.Tensor:
         batch, own, count, body = self._batch, self._sequences, self._most_sequences(size), self._prefill.body
         sequences = Sequences(own.query_start[: count + 1], own.lengths[:count], own.table[:count], own.causal)
         step = PrefillBatch(batch.positions[:size], batch.write_slots[:size], batch.page_size, batch.cos_sin)
-        attend = self._attention(sequences, size, False)
-        if causal:
-            attend = self._each_its_own(attend, self._attention(sequences, size, True), size)
+        attend = self._attention(sequences, size, "fresh" if kind == "fresh" else "cached")
+        if kind == "causal":
+            attend = self._each_its_own(attend, self._attention(sequences, size, kind), size)
         z_H, z_L = body.begin(body.embed(self._ids[:size]))
         return run(z_H, z_L, step, self._caches, attend)
 
