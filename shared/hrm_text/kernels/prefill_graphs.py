@@ -1,10 +1,10 @@
 """CUDA graphs of whole steps with prompts in them, for the sizes at which launching 1,300 kernels takes longest.
 
-A graph reads a step's tokens and sequences from buffers of its own. Each size has one for each kind of step. "cached": one
-attention call a layer, not causal, over pages, runs every step without causal pieces of several tokens. "causal": any
-other takes a causal call as well, over the same sequences, and each token's result from the call that is its own. "fresh",
-where the engine's pages are slow to read: spans that are all there attend to the step's own keys. The engine supplies the
-calls.
+A graph reads a step's tokens and sequences from buffers of its own. Each size has one for each kind of step. "cached":
+one attention call a layer, not causal, over pages, runs every step without causal pieces of several tokens. "causal":
+any other takes a causal call as well, over the same sequences, and each token's result from the call that is its own.
+"fresh", where the engine's pages are slow to read: spans that are all there attend to the step's own keys. The engine
+supplies the calls.
 """
 
 from collections.abc import Callable
