@@ -1,6 +1,7 @@
 """Steps replayed from graphs. On a CPU they run again instead: what surrounds a graph is the same."""
 
 import contextlib
+import gc
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -168,3 +169,13 @@ def test_other_caches_are_noticed(engine: Engine) -> None:
     assert not engine.graphs.stale()
     engine.cache = engine.cache.clone()
     assert engine.graphs.stale()
+
+
+def test_nothing_is_collected_during_a_capture(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An earlier engine's graphs, freed then, would end the capture."""
+    enabled = []
+    monkeypatch.setattr(engine.graphs, "_run", lambda *step: enabled.append(gc.isenabled()) or torch.zeros(1))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    engine.graphs.capture(None)
+    assert enabled and not any(enabled) and gc.isenabled()

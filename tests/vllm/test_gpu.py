@@ -185,6 +185,7 @@ def test_an_engine_with_every_default(
 ) -> None:
     """Its cache sized by vLLM's memory profile, which captures graphs of its own, and all sizes of them."""
     options: dict[str, Any] = {"enforce_eager": False, "dtype": "bfloat16", "gpu_memory_utilization": 0.2}
+    options["max_num_seqs"] = 16  # or 2,048 tokens of as many requests as the other engines have are a step's limit
     with Engine(model=checkpoint, on_gpu=True, log=tmp_path / "log", **options) as engine:
         emitted = []
         for count in (1, 3, 8):  # up to 1,600 tokens in a step

@@ -7,7 +7,9 @@ any other takes a causal call as well, over the same sequences, and each token's
 supplies the calls.
 """
 
-from collections.abc import Callable
+import contextlib
+import gc
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -83,13 +85,14 @@ class PrefillGraphs:
 
     def capture(self, pool: Any) -> None:
         """Capture every size, the largest first, so that the others fit into its memory."""
-        for size in reversed(self._sizes):
-            for kind in self._kinds:
-                self._run(size, kind, self._prefill.one_layer)  # loads the kernels that cuBLAS has for this size
-                graph = torch.cuda.CUDAGraph()
-                with torch.cuda.graph(graph, pool=pool):
-                    z_H = self._run(size, kind, self._prefill)
-                self._graphs[size, kind] = graph, z_H
+        with no_collection():
+            for size in reversed(self._sizes):
+                for kind in self._kinds:
+                    self._run(size, kind, self._prefill.one_layer)  # loads the kernels that cuBLAS has for this size
+                    graph = torch.cuda.CUDAGraph()
+                    with torch.cuda.graph(graph, pool=pool):
+                        z_H = self._run(size, kind, self._prefill)
+                    self._graphs[size, kind] = graph, z_H
 
     def replay(
         self, ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor, sequences: Sequences
@@ -144,6 +147,19 @@ class PrefillGraphs:
         assert self._sequences.causal is not None
         which = self._sequences.causal[:size, None, None]
         return lambda *step: torch.where(which, causal(*step), other(*step))
+
+
+@contextlib.contextmanager
+def no_collection() -> Iterator[None]:
+    """Nothing is collected meanwhile: freeing an earlier graph is not permitted in a capture, and ends it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def empty_inputs(
