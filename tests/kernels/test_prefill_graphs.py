@@ -173,8 +173,13 @@ def test_other_caches_are_noticed(engine: Engine) -> None:
 
 def test_nothing_is_collected_during_a_capture(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """An earlier engine's graphs, freed then, would end the capture."""
-    enabled = []
-    monkeypatch.setattr(engine.graphs, "_run", lambda *step: enabled.append(gc.isenabled()) or torch.zeros(1))
+    enabled: list[bool] = []
+
+    def run(*step: Any) -> torch.Tensor:
+        enabled.append(gc.isenabled())
+        return torch.zeros(1)
+
+    monkeypatch.setattr(engine.graphs, "_run", run)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     engine.graphs.capture(None)
