@@ -123,7 +123,8 @@ def main() -> None:
         rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages}
         print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
     one = {"ROWS": 1, "PDL": True}
-    for what in ({"SUM": True, "NORM": False}, {"SUM": False, "NORM": False}, {"SUM": False, "NORM": True}):
+    for flags in ((True, False, False), (False, False, False), (False, True, False), (False, True, True)):
+        what = dict(zip(("SUM", "NORM", "ADD"), flags, strict=True))
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
     print("rope", compile_kernel(_rope_write, {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE} | one, 4))
     print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048} | one, 4))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rms, rope_write, swiglu
+from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, norm_add, rms, rope_write, swiglu
 from hrm_text.kernels.prefill import FusedPrefill
 from hrm_text.model import HrmTextBody
 from hrm_text.oracle import token_logprobs
@@ -37,6 +37,8 @@ def test_sums_and_norms(dtype: torch.dtype, tokens: int, hidden: int) -> None:
     assert close(total, a.double() + b.double()) and close(factors, factors_of(total))
     assert close(rms(a, 1e-6), factors_of(a))
     assert close(norm(a, 1e-6), a.double() * factors_of(a)[:, None])
+    normed, behind = norm_add(a, b, 1e-6)
+    assert torch.equal(normed, norm(a, 1e-6)) and close(behind, normed.double() + b.double())
 
 
 def factors_of(x: torch.Tensor) -> torch.Tensor:

@@ -171,7 +171,7 @@ def test_the_fused_kernels_run_where_they_should(name: str, engines: Mapping[str
     engines[name].ask([Ask(P[:9], (), 4)])
     log = log_of(logs, name)
     assert (FUSED_LOG in log) == ("fused" in name)
-    assert ("graphs of steps with prompts: 42" in log) == (name.startswith("fa3") and "fused" in name)
+    assert ("graphs of steps with prompts: 54" in log) == (name.startswith("fa3") and "fused" in name)
 
 
 def test_the_backend_is_the_one_that_was_named_or_fits(engines: Mapping[str, Engine]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
-from hrm_text.kernels.pointwise import PrefillBatch
+from hrm_text.kernels.pointwise import PrefillBatch, norm_add
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
@@ -42,13 +42,13 @@ def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most
 
 
 def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:
-    """A layer call for `size` padding requests, which read and write no cache, with scratch memory of its own."""
+    """One layer as a stack for `size` padding requests, which touch no cache, with scratch memory of its own."""
     body, device = fused.body, batch.positions.device
     shape, dtype = body.shape, next(body.parameters()).dtype
     own = FusedDecode(body, device)
     x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
     block, slot = first_layer(body)
-    return own.block(x, block, empty_batch(batch, size), *caches(slot))
+    return norm_add(own.block(x, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[1]
 
 
 def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:

@@ -16,6 +16,7 @@ from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
+from hrm_text.kernels.pointwise import norm_add
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 
@@ -58,16 +59,18 @@ class FusedDecode:
             batch: of these tokens.
             caches: (k_cache, v_cache) of a KV slot, as `DecodeAttention` takes them.
         """
-        body = self.body
+        body, z_L = self.body, z_L.contiguous()
+        x = z_L + z_H
         for step in body.stage:
-            stack = body.L_module if body.steps[step] == "L" else body.H_module
-            x = z_L + z_H
+            kind = body.steps[step]
+            stack = body.L_module if kind == "L" else body.H_module
             for index, block in enumerate(stack.layers):
                 x = self.block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
-            if body.steps[step] == "L":
-                z_L = stack.final_norm(x)
+            # One kernel from a stack to the next, launched as the others are, so that its weights are on their way.
+            if kind == "L":
+                z_L, x = norm_add(x, z_H, self.eps)
             else:
-                z_H = stack.final_norm(x)
+                z_H, x = norm_add(x, z_L, self.eps)
         return z_H
 
     def small_linear(self, tokens: int) -> Callable[..., torch.Tensor]:

@@ -46,8 +46,8 @@ def options(device: torch.device) -> dict[str, Any]:
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rms(
-    x_ptr, other_ptr, out_ptr, factors_ptr, tokens, eps,
-    HIDDEN: tl.constexpr, WIDE: tl.constexpr, SUM: tl.constexpr, NORM: tl.constexpr,
+    x_ptr, other_ptr, out_ptr, factors_ptr, sum_ptr, tokens, eps,
+    HIDDEN: tl.constexpr, WIDE: tl.constexpr, SUM: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
     ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
@@ -58,6 +58,8 @@ def _rms(
     mask = (token < tokens)[:, None] & (column < HIDDEN)[None, :]
     at = token[:, None] * HIDDEN + column[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    if ADD:
+        other = tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if SUM:
         x += tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
         kept = x.to(out_ptr.dtype.element_ty)
@@ -65,18 +67,29 @@ def _rms(
         x = kept.to(tl.float32)  # the factor is that of the x which the GEMM reads
     factor = 1.0 / tl.sqrt(tl.sum(x * x, 1) / HIDDEN + eps)
     if NORM:
-        tl.store(out_ptr + at, (x * factor[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+        normed = (x * factor[:, None]).to(out_ptr.dtype.element_ty)
+        tl.store(out_ptr + at, normed, mask=mask)
+        if ADD:
+            tl.store(sum_ptr + at, (normed.to(tl.float32) + other).to(sum_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(factors_ptr + token, factor, mask=token < tokens)
 
 
 def _launch_rms(
-    x: torch.Tensor, other: torch.Tensor, out: torch.Tensor, factors: torch.Tensor, eps: float, **what: bool
+    x: torch.Tensor,
+    eps: float,
+    *,
+    other: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+    factors: torch.Tensor | None = None,
+    behind: torch.Tensor | None = None,
 ) -> None:
+    """Factors of x, or of x + other in `out`; without `factors` the norm in `out`, and its sum with other `behind`."""
     tokens, hidden = x.shape
+    pointers = [x if each is None else each for each in (other, out, factors, behind)]
     _rms[(triton.cdiv(tokens, rows_of(x.device)),)](
-        x, other, out, factors, tokens, eps,
-        HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden), **what, **options(x.device),
+        x, *pointers, tokens, eps, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
+        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None, **options(x.device),
     )  # fmt: skip
 
 
@@ -84,22 +97,29 @@ def add_rms(a: torch.Tensor, b: torch.Tensor, eps: float) -> tuple[torch.Tensor,
     """(tokens, hidden) a + b, and its (tokens,) float32 RMSNorm factors; a and b contiguous."""
     out = torch.empty_like(a)
     factors = torch.empty(len(a), dtype=torch.float32, device=a.device)
-    _launch_rms(a, b, out, factors, eps, SUM=True, NORM=False)
+    _launch_rms(a, eps, other=b, out=out, factors=factors)
     return out, factors
 
 
 def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     """(tokens,) float32 RMSNorm factors of (tokens, hidden) x, contiguous."""
     factors = torch.empty(len(x), dtype=torch.float32, device=x.device)
-    _launch_rms(x, x, x, factors, eps, SUM=False, NORM=False)
+    _launch_rms(x, eps, factors=factors)
     return factors
 
 
 def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """The RMSNorm of (tokens, hidden) x, contiguous."""
     out = torch.empty_like(x)
-    _launch_rms(x, x, out, x, eps, SUM=False, NORM=True)
+    _launch_rms(x, eps, out=out)
     return out
+
+
+def norm_add(x: torch.Tensor, other: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The RMSNorm of (tokens, hidden) x, and its sum with `other`; both contiguous."""
+    out, behind = torch.empty_like(x), torch.empty_like(x)
+    _launch_rms(x, eps, other=other, out=out, behind=behind)
+    return out, behind
 
 
 @triton.jit(do_not_specialize=["tokens"])

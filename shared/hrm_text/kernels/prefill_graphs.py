@@ -20,8 +20,9 @@ from hrm_text.kernels.pointwise import PrefillBatch
 from hrm_text.kernels.prefill import Attend, FusedPrefill
 
 Kind = Literal["fresh", "cached", "causal"]
-# Up to 2,560 tokens a step takes longer to launch than to run; padding is cheap below 16.
-SIZES = (16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 2560)
+# Up to 2,560 tokens a step takes longer to launch than to run. From 256 on it takes as long as it has tokens, in tiles
+# of 128: a round number of them and an envelope find one that is a tile longer.
+SIZES = (16, 32, 64, 128, 192, 256, 320, 384, 512, 640, 768, 1024, 1152, 1536, 1792, 2048, 2176, 2560)
 
 
 @dataclass(frozen=True)
