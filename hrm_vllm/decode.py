@@ -8,7 +8,7 @@ PIECEWISE graphs, and the dry runs that warm them up, stay with vLLM's own layer
 from typing import TYPE_CHECKING, Any
 
 import torch
-from vllm import envs, ir
+from vllm import envs
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
@@ -75,10 +75,7 @@ class Decoder:
             self._compiled = True
             compile_ahead(self.fused, batch, self.caches, self._config.scheduler_config.max_num_seqs)
         z_H, z_L = self.body.begin(self.body.embed(input_ids))
-        # For the norm behind each stack: where vLLM compiles, it leaves this op to the compiler, which sees nothing
-        # here, and plain torch takes seven kernels for it.
-        with ir.ops.rms_norm.set_priority(["vllm_c", "native"]):
-            return self.fused(z_H, z_L, batch, self.caches)
+        return self.fused(z_H, z_L, batch, self.caches)
 
     def metadata(self) -> Any:
         """Attention metadata of the step; None where there is none, or not one of the whole batch."""

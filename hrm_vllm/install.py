@@ -90,6 +90,11 @@ def all_hooks() -> list[Hook]:
             logprobs.hiding_in_span_scores,
         ),
         wrap(
+            "prompt logprobs of completions",
+            "vllm.entrypoints.openai.completion.serving:OpenAIServingCompletion._create_completion_logprobs",
+            logprobs.with_one_decoding,
+        ),
+        wrap(
             "model runner V1",
             "vllm.v1.worker.gpu_model_runner:GPUModelRunner._build_attention_metadata",
             runner_v1.with_step_spans,
