@@ -78,6 +78,13 @@ def all_hooks() -> list[Hook]:
             "srt/layers/attention/triton_backend.py",
             "self.extend_attention_fwd = torch.compiler.disable(extend_attention_fwd)",
         ),
+        # What graphs of steps with prompts call, and how they know when to be captured.
+        expect(
+            "prompts' own keys",
+            "srt/layers/attention/flashattention_backend.py",
+            "self.flash_attn_varlen_func = flash_attn_varlen_func",
+        ),
+        expect("graphs of steps with prompts", "srt/model_executor/runner/__init__.py", "    get_is_capture_mode,"),
         *(
             wrap(
                 f"attention backend {name}",
