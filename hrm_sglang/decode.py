@@ -1,7 +1,7 @@
 """Decode steps on the fused kernels, with SGLang's KV pool and block tables in the form that they take."""
 
 import logging
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -28,12 +28,7 @@ class Decoder:
     def __init__(self, body: HrmTextBody) -> None:
         check_option()  # so that a wrong one stops the engine as it starts
         self.body = body
-        self.layers = {
-            body.shape.plan.slot(int(step), index): paged.attn
-            for stack in (body.L_module, body.H_module)
-            for index, block in enumerate(stack.layers)
-            for step, paged in block.self_attn.attn.items()
-        }
+        self.layers = body.attention_layers()
         self._decided = self._compiled = False
         self._fused: FusedDecode | None = None
 
@@ -42,7 +37,9 @@ class Decoder:
         if not self._decided:
             self._decided = True
             dtype = next(self.body.parameters()).dtype
-            self._fused = choose(self.body, dtype, device, "SGLang", _why_not(_backend(), dtype), logger)
+            self._fused = choose(
+                self.body, dtype, device, "SGLang", _why_not(attention_backend("decode"), dtype), logger
+            )
         return self._fused
 
     def cos_sin(self) -> torch.Tensor:
@@ -51,7 +48,7 @@ class Decoder:
 
     def caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a KV slot, (tokens, 1, heads, head_dim) each."""
-        k, v = _backend().token_to_kv_pool.get_kv_buffer(slot)
+        k, v = attention_backend("decode").token_to_kv_pool.get_kv_buffer(slot)
         return k.unsqueeze(1), v.unsqueeze(1)
 
     def recur(
@@ -63,7 +60,7 @@ class Decoder:
         fused = self.chosen(z_H.device)
         if fused is None:
             return None
-        table, row_starts, lengths = _backend().decode_table()
+        table, row_starts, lengths = attention_backend("decode").decode_table()
         slots = forward_batch.out_cache_loc
         batch = DecodeBatch(positions, slots, table, row_starts, lengths, 1, self.cos_sin())
         if not self._compiled:  # with graphs that is the largest of them
@@ -72,12 +69,12 @@ class Decoder:
         return fused(z_H, z_L, batch, self.caches)
 
 
-def _backend() -> Any:
+def attention_backend(batches: Literal["prefill", "decode"]) -> Any:
+    """SGLang's attention backend, of a pair the one for these batches."""
     from sglang.srt.model_executor.forward_context import get_attn_backend
 
     backend = get_attn_backend()
-    # Of a pair for prefill and decode, the one for decode.
-    return getattr(backend, "decode_backend", backend)
+    return getattr(backend, f"{batches}_backend", backend)
 
 
 def _why_not(backend: Any, dtype: torch.dtype) -> str | None:

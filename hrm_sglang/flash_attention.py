@@ -66,8 +66,7 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
         if self._pieces is None or not forward_batch.forward_mode.is_extend_without_speculative():
             return super().forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self._unpaged and not save_kv_cache:  # pages of one token are slower to read
-            starts, longest = self._pieces.cu_seqlens_q, self._pieces.max_seq_len_q
-            return self.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, softmax_scale=layer.scaling)
+            return self._attend_to_own(q, k, v, self._pieces.cu_seqlens_q, self._pieces.max_seq_len_q)
         stock, kind = self.forward_metadata, layer.attn_type
         try:
             self.forward_metadata, layer.attn_type = self._pieces, AttentionType.DECODER_BIDIRECTIONAL
@@ -80,6 +79,12 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
             return out
         finally:
             self.forward_metadata, layer.attn_type = stock, kind
+
+    def _attend_to_own(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, starts: torch.Tensor, longest: int
+    ) -> torch.Tensor:
+        scale = q.shape[-1] ** -0.5
+        return self.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, softmax_scale=scale)
 
     def sequences(self, tokens: int) -> Sequences:
         """For `hrm_text.kernels.prefill_graphs`: what attention sees of an extend batch of `tokens` tokens."""
@@ -105,9 +110,7 @@ class PrefixLMFlashBackend(FlashAttentionBackend):
         """Attention of a step's (tokens, heads, head_dim) q, k and v, at most `longest` of a sequence, over its KV."""
         q, k, v = step
         if kind == "fresh":
-            starts = sequences.query_start
-            scale = q.shape[-1] ** -0.5
-            return self.flash_attn_varlen_func(q, k, v, starts, starts, longest, longest, softmax_scale=scale)
+            return self._attend_to_own(q, k, v, sequences.query_start, longest)
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(slot)
         return self.flash_attn_with_kvcache(
             q=q,

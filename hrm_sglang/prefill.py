@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from hrm_sglang.decode import Decoder
+from hrm_sglang.decode import Decoder, attention_backend
 from hrm_text.kernels.pointwise import PrefillBatch
 from hrm_text.kernels.prefill import Attend, FusedPrefill
 from hrm_text.kernels.prefill_graphs import SIZES, Kind, PrefillGraphs, Sequences, empty_inputs
@@ -39,7 +39,7 @@ class Prefiller:
             return None
         slots = forward_batch.out_cache_loc
         if self.graphs is not None:
-            sequences = extend_backend().sequences(len(input_ids))
+            sequences = attention_backend("prefill").sequences(len(input_ids))
             replayed = self.graphs.replay(input_ids, positions, slots, sequences)
             if replayed is not None:
                 return replayed
@@ -53,13 +53,15 @@ class Prefiller:
 
     def capture(self) -> None:
         """Capture graphs, where SGLang is about to capture its first one of a decode step and there is memory."""
+        if self._asked:
+            return
         from sglang.srt.model_executor.runner import get_is_capture_mode
         from sglang.srt.runtime_context import get_server_args
 
-        if self._asked or not get_is_capture_mode() or torch.cuda.is_current_stream_capturing():
+        if not get_is_capture_mode() or torch.cuda.is_current_stream_capturing():
             return
         self._asked = True
-        backend, decoder = extend_backend(), self._decoder
+        backend, decoder = attention_backend("prefill"), self._decoder
         if not hasattr(backend, "sequences"):
             return
 
@@ -76,11 +78,3 @@ class Prefiller:
             return
         self.graphs = graphs
         logger.info("HRM-Text: %s", graphs)
-
-
-def extend_backend() -> Any:
-    """The attention backend of extend batches."""
-    from sglang.srt.model_executor.forward_context import get_attn_backend
-
-    backend = get_attn_backend()
-    return getattr(backend, "prefill_backend", backend)

@@ -42,7 +42,7 @@ class Decoder:
     def __init__(self, body: HrmTextBody, config: VllmConfig) -> None:
         check_option()  # so that a wrong one stops the engine as it starts
         self.body = body
-        self.layers = _attention_layers(body)
+        self.layers = body.attention_layers()
         self.fused: FusedDecode | None = None
         self._config = config
         self._decided = self._compiled = False
@@ -107,16 +107,6 @@ class Decoder:
         cache = self.layers[slot].kv_cache
         k, v = cache.transpose(1, 2).split(self.body.shape.head_dim, dim=-1)
         return k, v
-
-
-def _attention_layers(body: HrmTextBody) -> dict[int, Any]:
-    """vLLM's attention layer of each KV slot of this stage."""
-    return {
-        body.shape.plan.slot(int(step), index): paged.attn
-        for stack in (body.L_module, body.H_module)
-        for index, block in enumerate(stack.layers)
-        for step, paged in block.self_attn.attn.items()
-    }
 
 
 def why_not(config: VllmConfig, layers: list[Any], dtype: torch.dtype) -> str | None:

@@ -149,6 +149,15 @@ class HrmTextBody(nn.Module):
     def _own(self, stack: Stack) -> list[int]:
         return [step for step in self.shape.plan.steps_of(stack) if step in self.stage]
 
+    def attention_layers(self) -> dict[int, Any]:
+        """The engine's attention layer of each KV slot of this stage."""
+        return {
+            self.shape.plan.slot(int(step), index): paged.attn
+            for stack in (self.L_module, self.H_module)
+            for index, block in enumerate(stack.layers)
+            for step, paged in block.self_attn.attn.items()
+        }
+
     def embed(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Scaled token embeddings, (tokens, hidden)."""
         return self.embed_tokens(input_ids) * self.shape.embedding_scale

@@ -58,10 +58,10 @@ def _rms(
     mask = (token < tokens)[:, None] & (column < HIDDEN)[None, :]
     at = token[:, None] * HIDDEN + column[None, :]
     x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if ADD:
+    if SUM or ADD:
         other = tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if SUM:
-        x += tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
+        x += other
         kept = x.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, kept, mask=mask)
         x = kept.to(tl.float32)  # the factor is that of the x which the GEMM reads
