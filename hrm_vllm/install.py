@@ -1,6 +1,7 @@
 """The table of hooks, in the order they are installed."""
 
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
 from hrm_text.hooks import install_all
 from hrm_vllm import ARCHITECTURE, compat
@@ -127,6 +128,17 @@ def all_hooks() -> list[Hook]:
         ),
         # Called in both scheduling loops.
         expect("span-aligned scheduler", "v1/core/sched/scheduler.py", "self._reserve_prefill_lookahead(", times=2),
+        *(_lora_on_a_cpu() if current_platform.is_cpu() else []),
+    ]
+
+
+def _lora_on_a_cpu() -> list[Hook]:
+    from hrm_vllm.lora import sparing_the_base_model
+
+    # Prompts' products call the first, decode's the second, which is the same by another name.
+    return [
+        wrap("LoRA on a CPU", f"vllm.lora.{module}:bgmv_shrink", sparing_the_base_model)
+        for module in ("ops.torch_ops.lora_ops", "punica_wrapper.punica_cpu")
     ]
 
 

@@ -39,8 +39,9 @@ def make_adapter(folder: Path, reference: Any, rank: int = 8, seed: int = 1, onl
             out_features, in_features = module.weight.shape
             r = config.get("rank_pattern", {}).get(leaf, rank)
             key = f"base_model.model.{name}"
-            tensors[f"{key}.lora_A.weight"] = 0.1 * torch.randn(r, in_features, generator=generator)
-            tensors[f"{key}.lora_B.weight"] = 0.1 * torch.randn(out_features, r, generator=generator)
+            for factor, shape in (("A", (r, in_features)), ("B", (out_features, r))):
+                # Numbers that an engine in bf16 has too.
+                tensors[f"{key}.lora_{factor}.weight"] = rounded(0.1 * torch.randn(shape, generator=generator))
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     fields = {
@@ -54,6 +55,10 @@ def make_adapter(folder: Path, reference: Any, rank: int = 8, seed: int = 1, onl
     }
     (folder / "adapter_config.json").write_text(json.dumps(fields | config))
     return folder
+
+
+def rounded(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.bfloat16().float()
 
 
 def scaled_adapter(folder: Path, reference: Any) -> Path:

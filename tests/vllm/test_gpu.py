@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from hrm_text.oracle import load_reference
+from tests.adapters import make_adapter, merged, scaled_adapter
 from tests.conftest import make_checkpoint
 from tests.engines_together import log_of, together
 from tests.vllm.engine import FUSED_LOG, Ask, Engine, generate
 from tests.vllm.mixes import deviation, true_spans
+from tests.vllm.test_parallel_and_lora import generate_with
 from tests.vllm.test_prefix_cache import CASES, P, prompt, reset_cache
-from tests.yardstick import Yardstick, emitted_by, measure, of_engine, serve_mixes
+from tests.yardstick import Yardstick, emitted_by, emitted_deviations, measure, of_engine, serve_mixes
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")]
 
@@ -60,6 +62,7 @@ OURS: dict[str, dict[str, Any]] = {
     "flash bf16 drafts": FLASH | DRAFTS,
 }
 OTHERS: dict[str, dict[str, Any]] = {
+    "loras bf16": FLASH | {"enable_lora": True, "max_lora_rank": 8, "max_loras": 2, "max_num_batched_tokens": 160},
     "in-tree float32": TRITON | IN_TREE,
     "in-tree bf16": FLASH | IN_TREE,
     "spans ignored": TRITON | {"sabotage": "causal_everywhere", "max_num_batched_tokens": 256},
@@ -178,6 +181,33 @@ def test_the_fused_kernels_run_where_they_should(engines: Mapping[str, Engine], 
         log = log_of(logs, name)
         assert (FUSED_LOG in log) == ("fused" in name), name
         assert ("not on the fused kernels: speculative decoding" in log) == (name == "flash bf16 drafts")
+
+
+def test_loras_on_compiled_stacks(
+    checkpoint: str,
+    engines: Mapping[str, Engine],
+    gpu_reference: Any,
+    yardsticks: dict[str, Yardstick],
+    logs: Path,
+    tmp_path: Path,
+) -> None:
+    """With LoRA a GPU runs vLLM's layers, compiled; a CPU compiles nothing then. An adapter's products round as well."""
+    full = make_adapter(tmp_path / "full", gpu_reference)
+    scaled = scaled_adapter(tmp_path / "scaled", gpu_reference)
+    models = {None: gpu_reference, str(full): merged(checkpoint, full), str(scaled): merged(checkpoint, scaled)}
+    names = [None, str(full), str(scaled), str(full), str(scaled), None]
+    batch = [Ask(prompt(150 - 20 * seed, seed), (0, 15 + 10 * seed), 12) for seed in range(len(names))]
+    deviations: dict[bool, list[float]] = {True: [], False: []}
+    for ask, name, answers in zip(batch, names, engines["loras bf16"].call(generate_with, batch, names), strict=True):
+        for other, model in models.items():
+            deviations[other == name] += emitted_deviations(model, ask.prompt, true_spans(ask), answers)
+    own, others = Yardstick.of(deviations[True]), Yardstick.of(deviations[False])
+    print(f"\nLoRA: {own}, against the other models {others}")
+    assert "not on the fused kernels: LoRA" in log_of(logs, "loras bf16")
+    assert engines["loras bf16"].call(graph_mode) == "FULL_AND_PIECEWISE"
+    assert own.mean <= 2 * yardsticks["bf16"].mean
+    assert own.largest <= 3 * yardsticks["bf16"].largest
+    assert others.mean > 20 * yardsticks["bf16"].mean
 
 
 def test_an_engine_with_every_default(

@@ -9,6 +9,7 @@ from tests.adapters import make_adapter, merged, scaled_adapter
 from tests.vllm.engine import Answer, Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
 from tests.vllm.test_prefix_cache import prompt
+from tests.vllm.test_stacks import COMPILED, needs_compiler, seen_as_compiled
 
 pytestmark = pytest.mark.cpu
 
@@ -21,10 +22,9 @@ RANK = 8
 NUMBERS = {"adapter": 1, "scaled": 2}
 
 
-@pytest.mark.parametrize("stages", [2])
-def test_pipeline_stages(tiny: str, reference: Any, stages: int) -> None:
+def test_pipeline_stages(tiny: str, reference: Any) -> None:
     """Each stage holds the KV slots of its own steps only, so two stages hold twice the tokens."""
-    with Engine(model=tiny, pipeline_parallel_size=stages, max_num_batched_tokens=96) as engine:
+    with Engine(model=tiny, pipeline_parallel_size=2, max_num_batched_tokens=96) as engine:
         for ask, answers in zip(ASKS, engine.ask(ASKS), strict=True):
             assert deviation(reference, ask, answers) <= TOLERANCE
         # Again, from the prefix cache.
@@ -40,6 +40,18 @@ def test_tensor_parallel(tiny: str, reference: Any) -> None:
             assert deviation(reference, ask, answers) <= TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["pipeline", "tensor"])
+@pytest.mark.slow
+@needs_compiler
+def test_compiled_stacks_of_several_ranks(tiny: str, reference: Any, kind: str) -> None:
+    """What a GPU does with several ranks unless it is told otherwise: its fused kernels are for one."""
+    options = {**COMPILED, f"{kind}_parallel_size": 2}
+    with Engine(model=tiny, max_num_batched_tokens=96, **options) as engine:
+        for ask, answers in zip(ASKS, engine.ask(ASKS), strict=True):
+            assert deviation(reference, ask, answers) <= TOLERANCE
+        assert engine.call(seen_as_compiled)
+
+
 def pool_tokens(llm: Any) -> int:
     cache = llm.llm_engine.vllm_config.cache_config
     return cache.num_gpu_blocks * cache.block_size
@@ -50,20 +62,29 @@ def _pool_of_one(tiny: str) -> int:
         return engine.call(pool_tokens)
 
 
-def generate_with(llm: Any, adapter: str, asks: list[Ask]) -> list[list[Answer]]:
+def generate_with(llm: Any, asks: list[Ask], adapters: list[str | None]) -> list[list[Answer]]:
+    """Serve `asks` in one batch; `adapters` are the folders of each one's adapter, None for the base model."""
     from vllm.lora.request import LoRARequest
 
     from tests.vllm.engine import generate
 
-    return generate(llm, asks, LoRARequest(adapter, 1 + hash(adapter) % 1000, adapter) if adapter else None)
+    requests = [path and LoRARequest(path, 1 + hash(path) % 1000, path) for path in adapters]
+    return generate(llm, asks, requests)
 
 
 def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path) -> None:
-    adapter = make_adapter(tmp_path / "adapter", reference, RANK)
-    oracle = merged(tiny, adapter)
+    """One adapter, then several and the base model in a batch, then the same from a prefix cache that they share."""
+    full = make_adapter(tmp_path / "full", reference, RANK)
     scaled = scaled_adapter(tmp_path / "scaled", reference)
-    with Engine(model=tiny, enable_lora=True, max_lora_rank=RANK, max_num_batched_tokens=160) as engine:
-        for path, model in ((adapter, oracle), (None, reference), (scaled, merged(tiny, scaled)), (adapter, oracle)):
-            for ask, answers in zip(ASKS, engine.call(generate_with, str(path or ""), ASKS), strict=True):
-                assert deviation(model, ask, answers) <= TOLERANCE
-                assert (deviation(reference, ask, answers) > 100 * TOLERANCE) == bool(path)
+    models = {str(full): merged(tiny, full), None: reference, str(scaled): merged(tiny, scaled)}
+    asks = [ASKS[0], ASKS[1], ASKS[2], ASKS[1], Ask(prompt(70, seed=9), (0, 30), 8)]
+    mixed = [None, str(full), str(scaled), str(scaled), str(full)]
+    options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
+    with Engine(model=tiny, max_num_batched_tokens=160, **options) as engine:
+        for names in (*([name] * len(asks) for name in models), mixed, mixed[::-1], mixed[::-1]):
+            served = engine.call(generate_with, asks, names)
+            for ask, name, answers in zip(asks, names, served, strict=True):
+                for other, model in models.items():
+                    found = deviation(model, ask, answers)
+                    assert found <= TOLERANCE if other == name else found > 100 * TOLERANCE, (name, other, found)
+        assert served[0][0].cached > 0

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from vllm import __version__ as version
 
 from tests.vllm.engine import Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
@@ -22,8 +23,9 @@ def engine(tiny: str) -> Iterator[Engine]:
 
 @pytest.mark.parametrize("token", [256, -1, 1 << 40])
 def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, reference: Any, token: int) -> None:
-    """Without a tokenizer vLLM does not look, and the embedding would stop the engine for everyone."""
-    with pytest.raises(ValueError, match=rf"token id {token} is out of vocabulary; the limit is 255"):
+    """Without a tokenizer vLLM 0.32 does not look, and the embedding would stop the engine for everyone."""
+    limit = "; the limit is 255" if version.startswith("0.32") else ""
+    with pytest.raises(ValueError, match=rf"(?i)token id {token} is out of vocabulary{limit}"):
         engine.ask([Ask((20, token, 30))])
     ask = Ask(prompt(40))
     (answers,) = engine.ask([ask])

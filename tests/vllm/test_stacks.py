@@ -14,11 +14,8 @@ from tests.vllm.mixes import TOLERANCE, worst_deviation
 from tests.vllm.test_exactness import count_events, event_counts
 from tests.vllm.test_prefix_cache import prompt
 
-compiled = [
-    pytest.mark.cpu,
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU"),
-]
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+compiled = [pytest.mark.cpu, pytest.mark.slow, needs_compiler]
 COMPILED: dict[str, Any] = {
     "enforce_eager": False,
     "compilation_config": {"mode": 3},
