@@ -72,7 +72,8 @@ def generate_with(llm: Any, asks: list[Ask], adapters: list[str | None]) -> list
     return generate(llm, asks, requests)
 
 
-def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
+def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path, ranks: dict[str, int]) -> None:
     """One adapter, then several and the base model in a batch, then the same from a prefix cache that they share."""
     full = make_adapter(tmp_path / "full", reference, RANK)
     scaled = scaled_adapter(tmp_path / "scaled", reference)
@@ -80,7 +81,7 @@ def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path) -
     asks = [ASKS[0], ASKS[1], ASKS[2], ASKS[1], Ask(prompt(70, seed=9), (0, 30), 8)]
     mixed = [None, str(full), str(scaled), str(scaled), str(full)]
     options: dict[str, Any] = {"enable_lora": True, "max_lora_rank": RANK, "max_loras": 2}
-    with Engine(model=tiny, max_num_batched_tokens=160, **options) as engine:
+    with Engine(model=tiny, max_num_batched_tokens=160, **options, **ranks) as engine:
         for names in (*([name] * len(asks) for name in models), mixed, mixed[::-1], mixed[::-1]):
             served = engine.call(generate_with, asks, names)
             for ask, name, answers in zip(asks, names, served, strict=True):
