@@ -73,7 +73,7 @@ def generate_with(llm: Any, asks: list[Ask], adapters: list[str | None]) -> list
 
 
 @pytest.mark.parametrize("ranks", [{}, {"tensor_parallel_size": 2}, {"pipeline_parallel_size": 2}])
-def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path, ranks: dict[str, int]) -> None:
+def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path, ranks: dict[str, Any]) -> None:
     """One adapter, then several and the base model in a batch, then the same from a prefix cache that they share."""
     full = make_adapter(tmp_path / "full", reference, RANK)
     scaled = scaled_adapter(tmp_path / "scaled", reference)

@@ -24,8 +24,11 @@ def engine(tiny: str) -> Iterator[Engine]:
 @pytest.mark.parametrize("token", [256, -1, 1 << 40])
 def test_a_token_outside_the_vocabulary_is_refused(engine: Engine, reference: Any, token: int) -> None:
     """Without a tokenizer vLLM 0.32 does not look, and the embedding would stop the engine for everyone."""
-    limit = "; the limit is 255" if version.startswith("0.32") else ""
-    with pytest.raises(ValueError, match=rf"(?i)token id {token} is out of vocabulary{limit}"):
+    fault: type[Exception] = ValueError
+    message = f"token id {token} is out of vocabulary; the limit is 255"
+    if not version.startswith("0.32"):  # refuses it itself, with its own exception, which the test's engine passes on
+        fault, message = RuntimeError, f"VLLMValidationError: Token id {token} is out of vocabulary"
+    with pytest.raises(fault, match=message):
         engine.ask([Ask((20, token, 30))])
     ask = Ask(prompt(40))
     (answers,) = engine.ask([ask])
