@@ -9,11 +9,11 @@ from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_loader.weight_utils import default_weight_loader
 from torch import nn
 
-from hrm_sglang import lora
 from hrm_sglang.decode import Decoder
 from hrm_sglang.layers import SglangLayers
 from hrm_sglang.prefill import Prefiller
 from hrm_text.config import HrmTextShape, read_config
+from hrm_text.lora import parts_of, sizes
 from hrm_text.model import HrmTextBody
 from hrm_text.weights import PACKED_MODULES, load_into
 
@@ -51,11 +51,11 @@ class HrmTextForCausalLM(nn.Module):
         The pool has a place for each of `num_hidden_layers`, which counts KV slots; those behind the layers
         of the two stacks take no memory.
         """
-        return lora.sizes(self.shape, module_name) if layer_idx < 2 * self.shape.plan.layers_per_stack else (0, 0)
+        return sizes(self.shape, module_name) if layer_idx < 2 * self.shape.plan.layers_per_stack else (0, 0)
 
     def get_stacked_multiply(self, module_name: str) -> int:
         """Projections fused in one, for SGLang's pool of LoRA adapters."""
-        return lora.parts_of(module_name)
+        return parts_of(module_name)
 
     @torch.no_grad()
     def forward(

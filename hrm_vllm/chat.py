@@ -11,7 +11,7 @@ from vllm.renderers.params import ChatParams
 
 from hrm_text.envelope import DEFAULT_CONDITION, ChatEncoder, ChatError
 from hrm_vllm.compat import chat_template_error
-from hrm_vllm.requests import RequestError
+from hrm_vllm.errors import RequestError
 
 
 class HrmTextRenderer(HfRenderer):

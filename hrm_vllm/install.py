@@ -54,7 +54,7 @@ def _chat_renderer() -> Hook:
 
 def all_hooks() -> list[Hook]:
     """Every hook this plugin needs."""
-    from hrm_vllm import logprobs, model_names, prefix_cache, requests, runner_v1
+    from hrm_vllm import logprobs, lora, model_names, prefix_cache, requests, runner_v1
 
     return [
         _model_class(),
@@ -73,6 +73,12 @@ def all_hooks() -> list[Hook]:
             "no beam search",
             "vllm.v1.engine.input_processor:InputProcessor.resolve_watermarking",
             requests.refusing_beams,
+        ),
+        wrap("LoRA adapters", "vllm.v1.engine.llm_engine:LLMEngine.add_lora", lora.checking),
+        wrap(
+            "LoRA adapters",
+            "vllm.entrypoints.openai.models.serving:OpenAIServingModels.load_lora_adapter",
+            lora.refusing,
         ),
         wrap(
             "prefix cache keys",

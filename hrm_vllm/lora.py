@@ -1,9 +1,76 @@
-"""LoRA on a CPU: a token of the base model, beside tokens of adapters, gets no adapter's products."""
+"""LoRA: adapters are checked before the engine sees them, and on a CPU they leave the base model's tokens alone.
 
+vLLM drops a tensor of a layer that the model lacks, computes with an A of the wrong shape, and ends its engine on a
+wrong B in the first batch that uses the adapter.
+"""
+
+import asyncio
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
+
+from hrm_text.config import read_config
+from hrm_text.lora import check_adapter
+from hrm_vllm.errors import RequestError
+from hrm_vllm.spans import rule_of
+
+_checked: set[tuple[int, str]] = set()
+
+
+def check_once(adapter: Any, vllm_config: Any) -> None:
+    """Check the adapter of a request; those that were found right are not read again.
+
+    Raises:
+        RequestError: it is not an adapter for this model; see `hrm_text.lora.check_adapter`.
+    """
+    key = (adapter.lora_int_id, adapter.lora_path)
+    if key not in _checked:
+        _check(adapter, vllm_config)
+        _checked.add(key)
+
+
+def _check(adapter: Any, vllm_config: Any) -> None:
+    from vllm.lora.utils import get_adapter_absolute_path
+
+    if rule_of(vllm_config.model_config) is None or vllm_config.lora_config is None:
+        return
+    folder = Path(get_adapter_absolute_path(adapter.lora_path))
+    shape = read_config(vllm_config.model_config.hf_config.to_dict())
+    try:
+        check_adapter(folder, shape, vllm_config.lora_config.max_lora_rank)
+    except ValueError as error:
+        name = adapter.lora_name
+        raise RequestError(f"LoRA adapter {name!r}: {error}", parameter="lora_path", value=name) from error
+
+
+def checking(original: Callable[..., bool]) -> Callable[..., bool]:
+    """For `LLMEngine.add_lora`, which loads an adapter ahead of its requests (vLLM 0.32.0)."""
+
+    def add_lora(self: Any, lora_request: Any) -> bool:
+        _check(lora_request, self.vllm_config)
+        return original(self, lora_request)
+
+    return add_lora
+
+
+def refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `OpenAIServingModels.load_lora_adapter`: `--lora-modules` and `/v1/load_lora_adapter` (vLLM 0.32.0).
+
+    What its engine refuses it answers with a 500.
+    """
+
+    async def load_lora_adapter(self: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            # The path may have to come from the Hub.
+            await asyncio.to_thread(_check, request, self.engine_client.vllm_config)
+        except RequestError as error:
+            return create_error_response(error)
+        return await original(self, request, *args, **kwargs)
+
+    return load_lora_adapter
 
 
 def sparing_the_base_model(original: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,6 @@ from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from vllm.exceptions import VLLMValidationError
 from vllm.logger import init_logger
 from vllm.platforms import current_platform
 from vllm.sampling_params import BeamSearchParams
@@ -22,16 +21,11 @@ from hrm_text.spans import (
     logprobs_option,
     request_spans,
 )
+from hrm_vllm.errors import RequestError
+from hrm_vllm.lora import check_once
 from hrm_vllm.spans import rule_of
 
 logger = init_logger("vllm.hrm_vllm")
-
-
-class RequestError(VLLMValidationError, ValueError):
-    """A fault in a request: HTTP 400 from the server, and a ValueError to a caller of `LLM`."""
-
-    def __init__(self, message: str, *, parameter: str | None = None, value: object = None) -> None:
-        VLLMValidationError.__init__(self, message, parameter=parameter, value=value)
 
 
 def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -57,6 +51,8 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         # Several prompts may share one object; what is written below belongs to this one.
         params = request.sampling_params = copy.copy(request.sampling_params)
         _check_seed(params)
+        if request.lora_request is not None:
+            check_once(request.lora_request, self.vllm_config)
         options = params.extra_args or {}
         try:
             spans = request_spans(request.prompt_token_ids, options, rule)

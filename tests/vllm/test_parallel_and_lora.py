@@ -4,6 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.adapters import make_adapter, merged, scaled_adapter
 from tests.vllm.engine import Answer, Ask, Engine
@@ -89,3 +91,38 @@ def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path, r
                     found = deviation(model, ask, answers)
                     assert found <= TOLERANCE if other == name else found > 100 * TOLERANCE, (name, other, found)
         assert served[0][0].cached > 0
+
+
+def load(llm: Any, adapter: str) -> bool:
+    from vllm.lora.request import LoRARequest
+
+    return bool(llm.llm_engine.add_lora(LoRARequest("early", 999, adapter)))
+
+
+def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_goes_on(
+    tiny: str, reference: Any, tmp_path: Path
+) -> None:
+    """Left to vLLM, a wrong A is served, a tensor without a place dropped, and a wrong B ends the engine."""
+    good = make_adapter(tmp_path / "good", reference, RANK)
+    down = "base_model.model.model.H_module.layers.1.mlp.down_proj.lora_"
+    changes = {
+        "has shape \\(8, 64\\)": {f"{down}A.weight": torch.zeros(8, 64)},
+        "has shape \\(96, 8\\)": {f"{down}B.weight": torch.zeros(96, 8)},
+        "layer 9 is out of range": {f"{down}A.weight".replace("layers.1", "layers.9"): torch.zeros(8, 96)},
+        "LM head": {"base_model.model.lm_head.lora_A.weight": torch.zeros(8, 64)},
+    }
+    faults = {str(make_adapter(tmp_path / "large", reference, 64)): "rank is 64; the limit is 8"}
+    faults[str(tmp_path / "nowhere")] = "no adapter can be read in .*nowhere"
+    for number, (message, tensors) in enumerate(changes.items()):
+        folder = make_adapter(tmp_path / str(number), reference, RANK)
+        save_file(load_file(folder / "adapter_model.safetensors") | tensors, folder / "adapter_model.safetensors")
+        faults[str(folder)] = message
+    with Engine(model=tiny, enable_lora=True, max_lora_rank=RANK, max_num_batched_tokens=160) as engine:
+        for path, message in faults.items():
+            with pytest.raises(ValueError, match=f"LoRA adapter .*: .*{message}"):
+                engine.call(generate_with, ASKS[1:2], [path])
+            with pytest.raises(ValueError, match=f"LoRA adapter 'early': .*{message}"):
+                engine.call(load, path)
+        assert engine.call(load, str(good))
+        (answers,) = engine.call(generate_with, ASKS[1:2], [str(good)])
+        assert deviation(merged(tiny, good), ASKS[1], answers) <= TOLERANCE
