@@ -10,6 +10,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,9 @@ class Server:
         request = urllib.request.Request(self.url + path, data, {"Content-Type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=120) as response:
-                return response.status, json.load(response)
+                answer = response.read()
+                json_answer = response.headers.get_content_type() == "application/json"
+                return response.status, json.loads(answer) if json_answer else answer.decode()
         except urllib.error.HTTPError as error:
             return error.code, json.load(error)
 
@@ -50,17 +53,23 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with serving(tmp_path_factory.mktemp("server") / "log", "--max-num-batched-tokens", "512") as running:
+        yield running
+
+
+@contextmanager
+def serving(log: Path, *options: str, **environment: str) -> Iterator[Server]:
+    """`vllm serve hrm-text-nano` with `options`, until the end of the block."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    log = tmp_path_factory.mktemp("server") / "log"
     command = [str(Path(sys.executable).with_name("vllm")), "serve", "hrm-text-nano", "--port", str(port)]
     with log.open("w") as sink:
         process = subprocess.Popen(
-            [*command, "--dtype", "float32", "--max-num-batched-tokens", "512"],
+            [*command, "--dtype", "float32", *options],
             stdout=sink,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1"},
+            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", **environment},
         )
         running = Server(f"http://127.0.0.1:{port}", log)
         try:
