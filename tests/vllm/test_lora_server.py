@@ -25,7 +25,8 @@ def test_adapters_are_served_or_refused(tmp_path: Path) -> None:
     tensors = load_file(wrong / "adapter_model.safetensors")
     name = next(name for name in tensors if name.endswith("down_proj.lora_B.weight"))
     save_file(tensors | {name: torch.zeros(7, 8)}, wrong / "adapter_model.safetensors")
-    models = {"first": merged(nano_path(), good), "second": merged(nano_path(), good), "hrm-text-nano": reference}
+    adapted = merged(nano_path(), good)
+    models = {"first": adapted, "second": adapted, "hrm-text-nano": reference}
     with serving(tmp_path / "log", "--enable-lora", "--lora-modules", f"first={good}", **RUNTIME) as server:
         for path, message in ((wrong, "has shape (7, 8)"), (tmp_path / "nowhere", "no adapter can be read")):
             status, answer = load(server, "third", path)
