@@ -110,18 +110,19 @@ def main() -> None:
         line = {1: HEADS * DIM, 16: 2 * DIM}[page]  # SGLang's pool, vLLM's cache
         head = {1: DIM, 16: page * line}[page]
         strides = {"PAGE": {1: line, 16: HEADS * head}[page], "LINE": line, "HEAD": head}
-        many = {f"{name}_{part}": stride for name in "KV" for part, stride in strides.items()} | {
-            "HEADS": HEADS, "DIM": DIM, "HIDDEN": HIDDEN, "WIDE": 2048, "PAGE": page, "OFFSETS": tl.int32,
-            "RAGGED": ragged, "REQUESTS": 128, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS, "PIECES": MAX_PIECES,
-            "BLOCK": BLOCK, "STAGES": stages_for(64), "NORM": True, "PDL": True,
+        both = {f"{name}_{part}": stride for name in "KV" for part, stride in strides.items()} | {
+            "HEADS": HEADS, "DIM": DIM, "PAGE": page, "OFFSETS": tl.int32, "RAGGED": ragged, "PDL": True,
         }  # fmt: skip
-        print("attention of many", page, compile_kernel(_decode_many, many, 1))
-    for tokens, ragged in ((1, True), (8, False)):
-        splits = splits_for(tokens, HEADS)
-        block, stages, warps = tile(splits)
-        shape = {"HEADS": HEADS, "DIM": DIM, "PAGE": 1, "RAGGED": ragged, "PDL": True}
-        rest_of_it = {"SPLITS": splits, "BLOCK": block, "STAGES": stages}
-        print("attention", tokens, compile_kernel(_decode, shape | rest_of_it, warps))
+        many = {
+            "HIDDEN": HIDDEN, "WIDE": 2048, "REQUESTS": 128, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS,
+            "PIECES": MAX_PIECES, "BLOCK": BLOCK, "STAGES": stages_for(64), "NORM": True,
+        }  # fmt: skip
+        print("attention of many", page, compile_kernel(_decode_many, both | many, 1))
+        for tokens in (1, 8):
+            splits = splits_for(tokens, HEADS)
+            block, stages, warps = tile(splits)
+            few = {"SPLITS": splits, "BLOCK": block, "STAGES": stages}
+            print("attention", page, tokens, compile_kernel(_decode, both | few, warps))
     one = {"ROWS": 1, "PDL": True}
     for flags in ((True, False, False), (False, False, False), (False, True, False), (False, True, True)):
         what = dict(zip(("SUM", "NORM", "ADD"), flags, strict=True))

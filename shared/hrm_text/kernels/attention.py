@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 
 from hrm_text.kernels.attention_many import ManyRequests
-from hrm_text.kernels.attention_parts import combined, rotated, scratch
+from hrm_text.kernels.attention_parts import (
+    combined,
+    lines_of,
+    offset_type,
+    pages_of,
+    rotated,
+    scratch,
+    strides_of,
+)
 from hrm_text.kernels.launch import dependent_launch, launch_options
 from hrm_text.kernels.nvrtc import carve_out
 
@@ -44,13 +52,6 @@ class DecodeBatch:
 
 
 @triton.jit
-def _rows(cache_ptr, table_ptr, first, position, inside, page_stride, token_stride, PAGE: tl.constexpr):
-    """Pointers to the cache lines of `position`, for one head."""
-    page = tl.load(table_ptr + first + position // PAGE, mask=inside, other=0).to(tl.int64)
-    return cache_ptr + page * page_stride + (position % PAGE) * token_stride
-
-
-@triton.jit
 def _attend(q, k, v, inside, peak, total, mixed):
     """A block of keys and values into running softmaxes (base 2), one for each place in the block.
 
@@ -68,10 +69,11 @@ def _attend(q, k, v, inside, peak, total, mixed):
 @triton.jit
 def _decode(
     gqkv_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
-    table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr,
-    table_stride, k_page, k_token, k_head, v_page, v_token, v_head, scale,
-    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr, RAGGED: tl.constexpr, SPLITS: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr, table_stride, scale,
+    HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
+    K_PAGE: tl.constexpr, K_LINE: tl.constexpr, K_HEAD: tl.constexpr,
+    V_PAGE: tl.constexpr, V_LINE: tl.constexpr, V_HEAD: tl.constexpr, OFFSETS: tl.constexpr,
+    RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -88,34 +90,37 @@ def _decode(
     pieces = tl.maximum(tl.cdiv(cached, chunk), 1)
     if split >= pieces:
         return
+    last = split == pieces - 1
     begin = split * chunk
     end = tl.minimum(begin + chunk, cached)
     HALF: tl.constexpr = DIM // 2
     full = tl.arange(0, DIM)
     offset = tl.arange(0, BLOCK)
-    k_base, v_base = k_ptr + head * k_head, v_ptr + head * v_head
+    k_base, v_base = k_ptr + head * K_HEAD, v_ptr + head * V_HEAD
 
-    # The KV of earlier tokens is not this chain's, so the first block of it is fetched before the wait.
-    inside = begin + offset < end
-    k_rows = _rows(k_base, table_ptr, first, begin + offset, inside, k_page, k_token, PAGE)
-    v_rows = _rows(v_base, table_ptr, first, begin + offset, inside, v_page, v_token, PAGE)
-    k = tl.load(k_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
-    v = tl.load(v_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+    page = pages_of(table_ptr, first, begin, offset, end, PAGE, BLOCK)
     slot = tl.load(write_slots_ptr + request).to(tl.int64)
     place = tl.load(positions_ptr + request)
     cos = tl.load(cos_sin_ptr + place * DIM + full % HALF).to(tl.float32)
     sin = tl.load(cos_sin_ptr + place * DIM + HALF + full % HALF).to(tl.float32)
     sign_sin = tl.where(full < HALF, -sin, sin)
+
+    # The KV of earlier tokens is not this chain's, so the first block of it is fetched before the wait.
+    inside = begin + offset < end
+    lines = lines_of(page, begin, offset, PAGE, BLOCK, K_PAGE, K_LINE, OFFSETS)
+    k = tl.load(k_base + lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+    lines = lines_of(page, begin, offset, PAGE, BLOCK, V_PAGE, V_LINE, OFFSETS)
+    v = tl.load(v_base + lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+    page = pages_of(table_ptr, first, begin + BLOCK, offset, end, PAGE, BLOCK)
     if PDL:
         tl.extra.cuda.gdc_wait()
 
     # All that the last kernel wrote is asked for at once: sums in between wait for all warps.
     row = gqkv_ptr + request * 4 * HEADS * DIM + head * DIM
-    gate = tl.load(row + full).to(tl.float32)
-    q = rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM)
+    gate = tl.load(row + full)
+    q = rotated(row + HEADS * DIM, full, cos, sign_sin, HALF, DIM) * (scale * 1.4426950408889634)
     key = rotated(row + 2 * HEADS * DIM, full, cos, sign_sin, HALF, DIM)
-    value = tl.load(row + 3 * HEADS * DIM + full).to(tl.float32)
-    q = q * (scale * 1.4426950408889634)
+    value = tl.load(row + 3 * HEADS * DIM + full)
 
     peak = tl.full((BLOCK,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -123,10 +128,12 @@ def _decode(
     peak, total, mixed = _attend(q, k, v, inside, peak, total, mixed)
     for at in tl.range(begin + BLOCK, end, BLOCK, num_stages=STAGES):
         inside = at + offset < end
-        k_rows = _rows(k_base, table_ptr, first, at + offset, inside, k_page, k_token, PAGE)
-        v_rows = _rows(v_base, table_ptr, first, at + offset, inside, v_page, v_token, PAGE)
-        k = tl.load(k_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
-        v = tl.load(v_rows[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        lines = lines_of(page, at, offset, PAGE, BLOCK, K_PAGE, K_LINE, OFFSETS)
+        k = tl.load(k_base + lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        lines = lines_of(page, at, offset, PAGE, BLOCK, V_PAGE, V_LINE, OFFSETS)
+        v = tl.load(v_base + lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
+        # Asked for one block ahead: the loads of the next one would wait for it.
+        page = pages_of(table_ptr, first, at + BLOCK, offset, end, PAGE, BLOCK)
         peak, total, mixed = _attend(q, k, v, inside, peak, total, mixed)
 
     top = tl.max(peak, 0)
@@ -134,12 +141,12 @@ def _decode(
     result = tl.sum(mixed * share[:, None], 0)
     weights = tl.sum(total * share, 0)
 
-    if split == pieces - 1:
+    if last:
         # The new token's key and value go to the cache on the way, and are attended to as the cache holds them.
         new_key, new_value = key.to(k_ptr.dtype.element_ty), value.to(v_ptr.dtype.element_ty)
         if slot >= 0:
-            tl.store(k_base + (slot // PAGE) * k_page + (slot % PAGE) * k_token + full, new_key)
-            tl.store(v_base + (slot // PAGE) * v_page + (slot % PAGE) * v_token + full, new_value)
+            tl.store(k_base + (slot // PAGE) * K_PAGE + (slot % PAGE) * K_LINE + full, new_key)
+            tl.store(v_base + (slot // PAGE) * V_PAGE + (slot % PAGE) * V_LINE + full, new_value)
         score = tl.sum(new_key.to(tl.float32) * q, 0)
         new_top = tl.maximum(top, score)
         keep, weight = tl.exp2(top - new_top), tl.exp2(score - new_top)
@@ -148,7 +155,7 @@ def _decode(
         top = new_top
 
     out = out_ptr + request * HEADS * DIM + head * DIM + full
-    gate = tl.sigmoid(gate)
+    gate = tl.sigmoid(gate.to(tl.float32))
     if SPLITS == 1:  # noqa: SIM114 - known to the compiler, which leaves the rest out
         tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
     elif pieces == 1:
@@ -224,9 +231,10 @@ class DecodeAttention:
         compiled = _decode[(self.heads, splits, tokens)](
             gqkv, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
             batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
-            batch.table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3], self.head_dim**-0.5,
-            HEADS=self.heads, DIM=self.head_dim, PAGE=batch.page_size, RAGGED=batch.row_starts is not None,
-            SPLITS=splits, BLOCK=block, STAGES=stages, PDL=dependent_launch(gqkv.device), num_warps=warps,
+            batch.table.stride(0), self.head_dim**-0.5,
+            HEADS=self.heads, DIM=self.head_dim, PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache),
+            RAGGED=batch.row_starts is not None, SPLITS=splits, BLOCK=block, STAGES=stages,
+            PDL=dependent_launch(gqkv.device), num_warps=warps, **strides_of(k_cache, v_cache),
             **launch_options(gqkv.device),
         )  # fmt: skip
         if self.all_shared and compiled.function not in self._carved:  # known once it has been launched

@@ -5,13 +5,21 @@ what bf16 cuts off it in eight more, so scores and mixture are as exact as in fl
 instructions. A few programs behind those of the requests take what long contexts give away, and leave otherwise.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import triton
 import triton.language as tl
 
-from hrm_text.kernels.attention_parts import combined, rotated, scratch
+from hrm_text.kernels.attention_parts import (
+    combined,
+    lines_of,
+    offset_type,
+    pages_of,
+    rotated,
+    scratch,
+    strides_of,
+)
 from hrm_text.kernels.launch import dependent_launch, launch_options
 
 if TYPE_CHECKING:
@@ -48,29 +56,6 @@ def _attend(q, k, v, inside, peak, total, mixed):
     kept = tl.reshape(tl.broadcast_to(keep[None, :], (2, 8)), (16,))
     mixed = tl.dot(_two_halves(weight, v.dtype), v, mixed * kept[:, None], input_precision="ieee")
     return new_peak, total * keep[:, None] + weight, mixed
-
-
-@triton.jit
-def _pages(table_ptr, first, at, offset, bound, PAGE: tl.constexpr, BLOCK: tl.constexpr):
-    """Page numbers of the block at `at`: one where a page holds the whole block. Nothing past `bound` is read."""
-    if PAGE % BLOCK == 0:
-        page = tl.load(table_ptr + first + at // PAGE, mask=at < bound, other=0)
-    else:
-        page = tl.load(table_ptr + first + (at + offset) // PAGE, mask=at + offset < bound, other=0)
-    return page
-
-
-@triton.jit
-def _lines(
-    page, at, offset, PAGE: tl.constexpr, BLOCK: tl.constexpr, PAGE_STRIDE: tl.constexpr, STRIDE: tl.constexpr,
-    OFFSETS: tl.constexpr,
-):  # fmt: skip
-    """Offsets of a block's lines in a cache."""
-    if PAGE % BLOCK == 0:
-        lines = page.to(OFFSETS) * PAGE_STRIDE + (at % PAGE) * STRIDE + offset * STRIDE
-    else:
-        lines = page.to(OFFSETS) * PAGE_STRIDE + (at + offset) % PAGE * STRIDE
-    return lines
 
 
 @triton.jit
@@ -152,7 +137,7 @@ def _decode_many(
     offset = tl.arange(0, BLOCK)
     k_base, v_base = k_ptr + head * K_HEAD, v_ptr + head * V_HEAD
 
-    page = _pages(table_ptr, first, begin, offset, end, PAGE, BLOCK)
+    page = pages_of(table_ptr, first, begin, offset, end, PAGE, BLOCK)
     write_slot = tl.load(write_slots_ptr + request).to(tl.int64)
     place = tl.load(positions_ptr + request)
     cos = tl.load(cos_sin_ptr + place * DIM + full % HALF).to(tl.float32)
@@ -170,13 +155,13 @@ def _decode_many(
     total = tl.zeros((8, BLOCK), tl.float32)
     mixed = tl.zeros((16, DIM), tl.float32)
     for at in tl.range(begin, tl.maximum(end, begin + BLOCK), BLOCK, num_stages=STAGES):
-        k_lines = _lines(page, at, offset, PAGE, BLOCK, K_PAGE, K_LINE, OFFSETS)
-        v_lines = _lines(page, at, offset, PAGE, BLOCK, V_PAGE, V_LINE, OFFSETS)
+        k_lines = lines_of(page, at, offset, PAGE, BLOCK, K_PAGE, K_LINE, OFFSETS)
+        v_lines = lines_of(page, at, offset, PAGE, BLOCK, V_PAGE, V_LINE, OFFSETS)
         inside = at + offset < end
         k = tl.load(k_base + k_lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
         v = tl.load(v_base + v_lines[:, None] + full[None, :], mask=inside[:, None], other=0.0)
         # Asked for one block ahead: the loads of the next one would wait for it.
-        page = _pages(table_ptr, first, at + BLOCK, offset, end, PAGE, BLOCK)
+        page = pages_of(table_ptr, first, at + BLOCK, offset, end, PAGE, BLOCK)
         if at == begin:
             zero = 0  # a multiple of 128, as the compiler can see
             if PDL:
@@ -260,11 +245,6 @@ class ManyRequests:
     ) -> None:
         """Fill `out`; the rest as `DecodeAttention` takes it."""
         requests, hidden = len(gqkv), 1 if x is None else x.shape[1]
-        strides: dict[str, Any] = {
-            f"{name}_{part}": stride
-            for name, cache in (("K", k_cache), ("V", v_cache))
-            for part, stride in zip(("PAGE", "LINE", "HEAD"), cache.stride(), strict=False)
-        }
         _decode_many[(self.heads, requests + EXTRA_PROGRAMS)](
             gqkv, x, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
             batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
@@ -273,16 +253,11 @@ class ManyRequests:
             PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache), RAGGED=batch.row_starts is not None,
             REQUESTS=max(128, triton.next_power_of_2(requests)), EXTRA=EXTRA_PROGRAMS, PIECE=PIECE_TOKENS,
             PIECES=MAX_PIECES, BLOCK=BLOCK, STAGES=stages_for(requests), NORM=x is not None,
-            PDL=dependent_launch(gqkv.device), num_warps=1, **strides, **launch_options(gqkv.device),
+            PDL=dependent_launch(gqkv.device), num_warps=1, **strides_of(k_cache, v_cache),
+            **launch_options(gqkv.device),
         )  # fmt: skip
 
 
 def stages_for(requests: int) -> int:
     """Stages of a program's pipeline: as deep as pays while the shared memory of all programs fits the chip at once."""
     return 4 if requests <= 64 else 3
-
-
-def offset_type(*caches: torch.Tensor) -> tl.dtype:
-    """Of offsets into a cache: 32 bits where they do, which saves a third of the address arithmetic."""
-    last = max(sum((n - 1) * s for n, s in zip(cache.shape, cache.stride(), strict=True)) for cache in caches)
-    return tl.int32 if last < 2**31 else tl.int64
