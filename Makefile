@@ -18,6 +18,8 @@ help:  ## list the targets
 
 # On a CPU, GiB of KV cache.
 serve: export VLLM_CPU_KVCACHE_SPACE ?= 2
+# On a GPU vLLM's command line would have the engine's process import everything once more.
+serve: export VLLM_WORKER_MULTIPROC_METHOD ?= fork
 serve:  ## start an OpenAI-compatible server on MODEL at PORT
 	@$(SETUP) $(ENGINE)
 	@PATH="$(CURDIR)/.venv/$(ENGINE)/bin:$$PATH" exec .venv/$(ENGINE)/bin/$(SERVE_$(ENGINE)) --port $(PORT) $(ARGS)

@@ -71,9 +71,13 @@ class Decoder:
         )
         if not self._compiled:
             from hrm_text.kernels.ahead import compile_ahead
+            from hrm_vllm.sampler_kernels import top_k_top_p_calls
 
             self._compiled = True
-            compile_ahead(self.fused, batch, self.caches, self._config.scheduler_config.max_num_seqs)
+            config, most = self._config, self._config.scheduler_config.max_num_seqs
+            warm = config.kernel_config.enable_jit_warmup
+            others = top_k_top_p_calls(config.model_config.get_vocab_size(), most) if warm else []
+            compile_ahead(self.fused, batch, self.caches, most, others)
         z_H, z_L = self.body.begin(self.body.embed(input_ids))
         return self.fused(z_H, z_L, batch, self.caches)
 

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from hrm_text.oracle import load_reference
+from hrm_vllm.sampler_kernels import top_k_top_p_calls
 from tests.adapters import make_adapter, merged, scaled_adapter
 from tests.conftest import make_checkpoint
 from tests.engines_together import log_of, together
@@ -230,6 +231,28 @@ def test_an_engine_with_every_default(
 
 def graph_mode(llm: Any) -> str:
     return llm.llm_engine.vllm_config.compilation_config.cudagraph_mode.name
+
+
+def test_the_warm_up_finds_top_k_and_top_p_compiled() -> None:
+    """Which takes vLLM's sampler 14 s of a start otherwise, one kernel after the other."""
+    from vllm.v1.sample.ops import topk_topp_triton as ops
+
+    from hrm_vllm.compat import mask_top_k_top_p
+
+    def compiled() -> int:
+        kernels = (ops._topk_topp_kernel, ops._topp_sb_stats_kernel, ops._topp_sb_step_kernel, ops._topp_sb_mask_kernel)
+        return sum(len(cache[0]) for kernel in kernels for cache in kernel.device_caches.values())
+
+    before = compiled()
+    for call in top_k_top_p_calls(vocabulary=1024, most=256):
+        call()
+    assert (there := compiled()) > before
+    for requests in (256, 2, 1):
+        k, p = torch.full((requests,), 3, device="cuda"), torch.full((requests,), 0.5, device="cuda")
+        logits = torch.randn(requests, 1024, device="cuda")
+        kept = mask_top_k_top_p(logits, k.int(), p).isfinite().sum(-1)
+        assert kept.min() >= 1 and kept.max() <= 3
+        assert compiled() == there, requests
 
 
 def test_a_wrong_mask_would_show(

@@ -1,7 +1,7 @@
 """All kernels, compiled side by side before the engine asks for one after the other."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
@@ -13,10 +13,16 @@ from hrm_text.kernels.pointwise import PrefillBatch, norm_add
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
-SIZES = (1, 4, 8, 16, 32, 64, 96, 128, 256, 512)
+SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
 
 
-def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most: int) -> None:
+def compile_ahead(
+    fused: FusedDecode,
+    batch: DecodeBatch,
+    caches: KVCaches,
+    most: int,
+    others: Sequence[Callable[[], object]] = (),
+) -> None:
     """Run a layer for batches of up to `most` requests, each size in a thread: compilers rarely hold Python's lock.
 
     Args:
@@ -24,6 +30,7 @@ def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most
         batch: the engine's first one, for what its tensors look like.
         caches: the engine's.
         most: requests that it decodes at once.
+        others: calls of the engine's own kernels, to be compiled beside them.
     """
     device = batch.positions.device
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
@@ -33,8 +40,8 @@ def compile_ahead(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, most
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.inference_mode():
             job()
 
-    jobs: list[Callable[[], object]] = [partial(run_empty_prefill, fused, batch, caches)]
-    jobs += [partial(run_empty, fused, batch, caches, size) for size in {min(size, most) for size in SIZES}]
+    jobs: list[Callable[[], object]] = [*others, partial(run_empty_prefill, fused, batch, caches)]
+    jobs += [partial(run_empty, fused, batch, caches, size) for size in {min(size, most) for size in (*SIZES, most)}]
     torch.cuda.synchronize(device)  # these streams wait for nobody
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         list(pool.map(run, jobs))
