@@ -35,9 +35,9 @@ class Tile:
 # its 65536 registers. gqkv, attention and o; attention, o and gate_up; gate_up and down; down, the next gqkv and its
 # attention.
 TILES = {
-    "gqkv": Tile(ring=112, warps=8, registers=64),
+    "gqkv": Tile(ring=112, warps=8, registers=72),
     "o": Tile(ring=50, warps=8, registers=64),
-    "gate_up": Tile(ring=124, warps=8, registers=72),
+    "gate_up": Tile(ring=124, warps=8, registers=80),
     "down": Tile(ring=98, warps=16, registers=64),
 }
 
