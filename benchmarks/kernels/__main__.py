@@ -19,7 +19,8 @@ from hrm_text.config import read_config
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
-from hrm_text.kernels.linear import MAX_TOKENS
+from hrm_text.kernels.linear import MAX_TOKENS, small_linear
+from hrm_text.kernels.staged import staged_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
@@ -129,7 +130,7 @@ class Model:
         }
         linear = torch.nn.functional.linear
         if few:
-            small = self.fused.small_linear(tokens)
+            small = staged_linear if self.fused.staged(tokens) else small_linear
             kernels: dict[str, Callable[[Block, int], object]] = {
                 "gqkv": lambda b, _: small(self.x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
                 "o": lambda b, _: small(self.x, b.self_attn.o_proj.weight, residual=self.x),

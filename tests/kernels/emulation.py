@@ -11,14 +11,14 @@ import numpy as np
 import torch
 
 from hrm_text.kernels.nvrtc import source
-from hrm_text.kernels.staged import SOURCES, Geometry, Params
+from hrm_text.kernels.staged import COPIES, SOURCES, Geometry, Params
 
 ENTRY = """
 extern "C" int params_bytes() { return sizeof(Params); }
 extern "C" int shared_bytes() { return SLOTS * (SLOT + 16) + 4 * MAX_TOKENS * WARPS; }
 extern "C" long run(Params* params, const char* x, const char* residual, unsigned seed) {
   const u64 tokens = params->tokens, outputs = residual ? OUTPUTS : 0;
-  return run_fibers(staged, *params, CTAS, {(char*)params->x, x, tokens * K * 2},
+  return run_fibers(staged, *params, CTAS, {(char*)params->x, x, (params->apart ? 4 : 1) * tokens * K * 2},
                     {(char*)params->residual, residual, tokens * outputs * 2}, seed);
 }
 extern "C" const char* fault_of_the_run() { return fault; }
@@ -65,7 +65,7 @@ class Emulated:
         self.seed += 1
         shape = self.geometry
         outputs = shape.rows // 2 if shape.swiglu else shape.rows
-        x = torch.empty(params.tokens, shape.width, dtype=torch.bfloat16)
+        x = torch.empty(COPIES if params.apart else 1, params.tokens, shape.width, dtype=torch.bfloat16)
         residual = torch.empty(params.tokens, outputs, dtype=torch.bfloat16)
         # The kernel before writes them while this one runs: until then the kernel's own hold NaN.
         ctypes.memmove(x.data_ptr(), params.x, x.nbytes)

@@ -29,7 +29,7 @@ from hrm_text.kernels.linear import (
 )
 from hrm_text.kernels.pointwise import COLUMNS, _gate, _rms, _rope_write, _swiglu
 from hrm_text.kernels.pointwise import HEADS as HEADS_AT_ONCE
-from hrm_text.kernels.staged import Geometry, code_for
+from hrm_text.kernels.staged import COPIES, Geometry, code_for
 from hrm_text.kernels.swiglu import _scaled_swiglu
 
 HIDDEN, WIDE, HEADS, DIM = 1536, 4096, 12, 128
@@ -121,7 +121,7 @@ def main() -> None:
         for tokens in (1, 8):
             splits = splits_for(tokens, HEADS)
             block, stages, warps = tile(splits)
-            few = {"SPLITS": splits, "BLOCK": block, "STAGES": stages}
+            few = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "COPIES": COPIES}
             print("attention", page, tokens, compile_kernel(_decode, both | few, warps))
     one = {"ROWS": 1, "PDL": True}
     for flags in ((True, False, False), (False, False, False), (False, True, False), (False, True, True)):

@@ -125,6 +125,20 @@ def test_splits_are_counted_anew_each_time() -> None:
     assert not attention.arrivals.any()
 
 
+@pytest.mark.parametrize("lengths", [[1], [5, 90, 17], [LONGEST, 3], [40] * 16])
+def test_copies_of_the_output(lengths: list[int]) -> None:
+    """From one piece of a context, from several, and where there are never several."""
+    case = Case(lengths, 16, False, False, 0)
+    expected, _, _ = case.expected()
+    attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
+    poison = torch.full((3, *expected.shape), float("nan"), device=DEVICE, dtype=case.gqkv.dtype)
+    del poison  # the next tensor of its size takes its memory
+    got = attention(case.gqkv, case.k_cache, case.v_cache, case.batch, copies=3)
+    assert got.shape == (3, *expected.shape)
+    for each in got:
+        assert error(each, expected) <= TOLERANCE
+
+
 def test_padding_rows_write_nothing() -> None:
     case = Case([5, 9], 16, False, False, 0)
     case.batch.write_slots[1] = -1

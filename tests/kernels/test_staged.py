@@ -16,7 +16,7 @@ from hrm_text.config import HrmTextShape
 from hrm_text.kernels import staged
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
-from hrm_text.kernels.staged import Geometry, code_for, fits, slot_bytes, staged_linear, why_not
+from hrm_text.kernels.staged import COPIES, Geometry, code_for, fits, slot_bytes, staged_linear, why_not
 from hrm_text.model import HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
 from hrm_text.plan import RecurrencePlan
@@ -59,10 +59,10 @@ class Case:
     def expected(self) -> torch.Tensor:
         return expected_linear(self.x, self.weight, self.norm, self.swiglu, self.residual)
 
-    def run(self, kernel: staged.Launch | None = None) -> torch.Tensor:
+    def run(self, kernel: staged.Launch | None = None, copies: int = 1) -> torch.Tensor:
         eps = EPS if self.norm else None
         return staged_linear(
-            self.x, self.weight, norm_eps=eps, swiglu=self.swiglu, residual=self.residual, kernel=kernel
+            self.x, self.weight, norm_eps=eps, swiglu=self.swiglu, residual=self.residual, copies=copies, kernel=kernel
         )
 
 
@@ -112,6 +112,35 @@ def test_the_1b_on_an_h200_emulated(name: str, tokens: int) -> None:
     case = Case(*PROJECTIONS[name], tokens, seed=tokens)
     kernel = Emulated(Geometry.of(*PROJECTIONS[name], 132))
     assert error(case.run(kernel), case.expected()) <= TOLERANCE
+
+
+@pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="emulates with g++")
+@pytest.mark.parametrize("tokens", [1, 3, 8])
+@pytest.mark.parametrize("name", ["o", "gate_up"])
+def test_copies(name: str, tokens: int) -> None:
+    """CTAs read those of x in turn, each its own, and write all of y; of the residual's the first is read."""
+    kind = PROJECTIONS[name][2:]
+    rows, ctas = (1056, torch.cuda.get_device_properties(0).multi_processor_count) if ON_GPU else (96, 6)
+    cases = [Case(rows, 256, *kind, tokens, seed=seed) for seed in range(COPIES)]
+    for case in cases[1:]:
+        case.weight, case.residual = cases[0].weight, cases[0].residual
+    every = [case.expected() for case in cases]
+    quads, outputs = rows // 4, every[0].shape[1]
+    owner = torch.empty(outputs, dtype=torch.long)
+    for cta in range(ctas):
+        first, end = (outputs * (quads * each // ctas) // quads for each in (cta, cta + 1))
+        owner[first:end] = cta % COPIES
+    mixed = torch.empty_like(every[0])
+    for i, each in enumerate(every):
+        mixed[:, owner == i] = each[:, owner == i]
+    together = cases[0]
+    together.x = torch.stack([case.x for case in cases])
+    if together.residual is not None:
+        together.residual = torch.stack([together.residual, together.residual * float("nan")])
+    got = together.run(None if ON_GPU else emulation(together, ctas=ctas, slots=8, copies=COPIES), COPIES)
+    assert got.shape == (COPIES, tokens, outputs)
+    for each in got:
+        assert error(each, mixed) <= TOLERANCE
 
 
 @emulated
@@ -166,11 +195,11 @@ def test_the_emulation_sees_what_is_not_waited_for(name: str) -> None:
 
 
 def test_what_is_refused() -> None:
-    shapes = list(PROJECTIONS.values())
+    shapes = [(*projection, 1) for projection in PROJECTIONS.values()]
     device = torch.device(DEVICE)
     assert "float32" in str(why_not(shapes, torch.float32, device))
     assert ON_GPU or "Hopper" in str(why_not(shapes, torch.bfloat16, device))
-    assert not ON_GPU or "(96, 48)" in str(why_not([(96, 48, False, False, True)], torch.bfloat16, device))
+    assert not ON_GPU or "(96, 48)" in str(why_not([(96, 48, False, False, True, 1)], torch.bfloat16, device))
     assert not ON_GPU or why_not(shapes, torch.bfloat16, device) is None
     assert fits(6144, 1536) and fits(1536, 4096) and not fits(66, 128) and not fits(64, 1 << 15)
 

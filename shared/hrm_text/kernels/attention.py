@@ -67,13 +67,20 @@ def _attend(q, k, v, inside, peak, total, mixed):
 
 
 @triton.jit
+def _store_copies(out, stride, value, COPIES: tl.constexpr):
+    for copy in tl.static_range(COPIES):
+        tl.store(out + copy * stride, value.to(out.dtype.element_ty))
+
+
+@triton.jit
 def _decode(
     gqkv_ptr, out_ptr, k_ptr, v_ptr, cos_sin_ptr, positions_ptr, write_slots_ptr,
     table_ptr, row_starts_ptr, lengths_ptr, partial_ptr, stats_ptr, arrivals_ptr, table_stride, scale,
     HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
     K_PAGE: tl.constexpr, K_LINE: tl.constexpr, K_HEAD: tl.constexpr,
     V_PAGE: tl.constexpr, V_LINE: tl.constexpr, V_HEAD: tl.constexpr, OFFSETS: tl.constexpr,
-    RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    RAGGED: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr, COPIES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -156,10 +163,11 @@ def _decode(
 
     out = out_ptr + request * HEADS * DIM + head * DIM + full
     gate = tl.sigmoid(gate.to(tl.float32))
+    stride = tl.num_programs(2) * HEADS * DIM
     if SPLITS == 1:  # noqa: SIM114 - known to the compiler, which leaves the rest out
-        tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
+        _store_copies(out, stride, result / weights * gate, COPIES)
     elif pieces == 1:
-        tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
+        _store_copies(out, stride, result / weights * gate, COPIES)
     else:
         pair = request * HEADS + head
         partial, stats = partial_ptr + pair * SPLITS * DIM, stats_ptr + pair * SPLITS * 2
@@ -171,7 +179,7 @@ def _decode(
             tl.store(arrivals_ptr + pair, 0)
             each = tl.arange(0, SPLITS)
             whole = combined(partial, stats, each, each < pieces, full, DIM)
-            tl.store(out, (whole * gate).to(out_ptr.dtype.element_ty))
+            _store_copies(out, stride, whole * gate, COPIES)
 
 
 def splits_for(tokens: int, heads: int) -> int:
@@ -208,6 +216,7 @@ class DecodeAttention:
         *,
         x: torch.Tensor | None = None,
         eps: float = 0.0,
+        copies: int = 1,
     ) -> torch.Tensor:
         """Gated attention output, (tokens, heads * head_dim); writes the new token's key and value.
 
@@ -218,9 +227,11 @@ class DecodeAttention:
             x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it, as it must with no more
                 than `MAX_SPLIT_TOKENS`.
             eps: of that RMSNorm.
+            copies: of the output, (copies, tokens, heads * head_dim) then; with no more tokens than `MAX_SPLIT_TOKENS`.
         """
         tokens = gqkv.shape[0]
-        out = torch.empty(tokens, self.heads * self.head_dim, dtype=gqkv.dtype, device=gqkv.device)
+        size = (copies, tokens, self.heads * self.head_dim)[copies == 1 :]
+        out = torch.empty(size, dtype=gqkv.dtype, device=gqkv.device)
         if tokens > MAX_SPLIT_TOKENS:
             self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
             return out
@@ -233,7 +244,7 @@ class DecodeAttention:
             batch.table, batch.row_starts, batch.lengths, self.partial, self.stats, self.arrivals,
             batch.table.stride(0), self.head_dim**-0.5,
             HEADS=self.heads, DIM=self.head_dim, PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache),
-            RAGGED=batch.row_starts is not None, SPLITS=splits, BLOCK=block, STAGES=stages,
+            RAGGED=batch.row_starts is not None, SPLITS=splits, BLOCK=block, STAGES=stages, COPIES=copies,
             PDL=dependent_launch(gqkv.device), num_warps=warps, **strides_of(k_cache, v_cache),
             **launch_options(gqkv.device),
         )  # fmt: skip

@@ -17,6 +17,7 @@ from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.pointwise import norm_add
+from hrm_text.kernels.staged import COPIES, copies_for, one_of, staged_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 
@@ -48,7 +49,8 @@ class FusedDecode:
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
         shapes, dtype = weight_shapes(shape), next(body.parameters()).dtype
         self.project = Projections(list(shapes.values()), dtype, device)
-        self.why_not_staged = staged.why_not([(*shapes[name], *AROUND[name]) for name in AROUND], dtype, device)
+        kinds = [(*shapes[name], *AROUND[name], copies) for name in AROUND for copies in (1, COPIES)]
+        self.why_not_staged = staged.why_not(kinds, dtype, device)
         self.attention.all_shared = self.why_not_staged is None
 
     def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
@@ -68,29 +70,35 @@ class FusedDecode:
                 x = self.block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
             # One kernel from a stack to the next, launched as the others are, so that its weights are on their way.
             if kind == "L":
-                z_L, x = norm_add(x, z_H, self.eps)
+                z_L, x = norm_add(one_of(x), z_H, self.eps)
             else:
-                z_H, x = norm_add(x, z_L, self.eps)
+                z_H, x = norm_add(one_of(x), z_L, self.eps)
         return z_H
 
-    def small_linear(self, tokens: int) -> Callable[..., torch.Tensor]:
-        """`small_linear`, or what does the same for so few tokens in less time."""
-        few = tokens <= staged.MAX_TOKENS and self.why_not_staged is None
-        return staged.staged_linear if few else small_linear
+    def staged(self, tokens: int) -> bool:
+        """Whether the projections of so few tokens run on `staged_linear`."""
+        return tokens <= staged.MAX_TOKENS and self.why_not_staged is None
 
     def block(
         self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
-        """A layer call: (tokens, hidden) to the same, with the cache of its KV slot."""
+        """A layer call: (tokens, hidden), or copies of it, to the same, with the cache of its KV slot."""
         attention, mlp = block.self_attn, block.mlp
-        if len(x) <= MAX_TOKENS:
-            small = self.small_linear(len(x))
-            gqkv = small(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+        tokens = x.shape[-2]
+        if self.staged(tokens):
+            copies = copies_for(tokens)
+            gqkv = staged_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            out = self.attention(gqkv, k_cache, v_cache, batch, copies=copies)
+            x = staged_linear(out, attention.o_proj.weight, residual=x, copies=copies)
+            act = staged_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True, copies=copies)
+            return staged_linear(act, mlp.down_proj.weight, residual=x, copies=copies)
+        if tokens <= MAX_TOKENS:
+            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
             out = self.attention(gqkv, k_cache, v_cache, batch)
-            x = small(out, attention.o_proj.weight, residual=x)
-            act = small(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
-            return small(act, mlp.down_proj.weight, residual=x)
-        if len(x) <= MAX_TILED_TOKENS:
+            x = small_linear(out, attention.o_proj.weight, residual=x)
+            act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
+            return small_linear(act, mlp.down_proj.weight, residual=x)
+        if tokens <= MAX_TILED_TOKENS:
             project = self.project
             gqkv, _ = project(x, attention.gqkv_proj.weight)
             out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)

@@ -7,7 +7,7 @@
 // at its sums, memory brings what the next ones multiply.
 //
 // The other WARPS warps multiply. Each owns a slice of K, so that it needs that slice of x alone, which it takes from
-// L2 into the registers where tensor cores want it (B: 16 columns, 8 tokens); rows in the ring are the A side. Products
+// L2 (where x lies in copies, for all multiprocessors ask for the same lines at once) into the registers where tensor cores want it (B: 16 columns, 8 tokens); rows in the ring are the A side. Products
 // of the slices are summed over the warps in shared memory, where the ring was.
 //
 // Nobody waits in a circle: the producer waits for slots that the consumers free in order; they wait for slots, TILE
@@ -30,6 +30,7 @@ struct Params {
   const u16 *x, *w, *residual;
   u16* out;
   int tokens, shift;  // of which 2^shift are the next power of two
+  int apart;  // copies of x, 4 of which CTAs read in turn; 0 where there is one
   float eps;
 };
 
@@ -164,7 +165,8 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
   u32 b[BLOCKS][4], residual[ROUNDS] = {};
   float sum[TILES][4] = {};
   // Addresses, null where there is nothing to read, are computed ahead of the wait.
-  const u16* start = lane / 4 < p.tokens ? p.x + lane / 4 * K + warp * 32 * BLOCKS + lane % 4 * 8 : nullptr;
+  const u16* copy = p.x + cta() % 4 * p.apart;
+  const u16* start = lane / 4 < p.tokens ? copy + lane / 4 * K + warp * 32 * BLOCKS + lane % 4 * 8 : nullptr;
   const u16* add[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
@@ -201,7 +203,10 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
     float y = product(ring, item.row, item.token) * r;
     if (SWIGLU) y = silu(y) * (product(ring, item.row + 2, item.token) * r);
     computed_here(residual[i]);
-    write_2_bytes(p.out + item.token * OUTPUTS + item.column, bf16(y + low(residual[i])));
+    const u16 rounded = bf16(y + low(residual[i]));
+    u16* out = p.out + item.token * OUTPUTS + item.column;
+#pragma unroll
+    for (int copy = 0; copy < COPIES; copy++, out += p.tokens * OUTPUTS) write_2_bytes(out, rounded);
   }
 }
 
