@@ -46,8 +46,8 @@ def kind(name: str) -> str:
     return "*fp32" if name in FLOAT32 else "*i64" if name in INT64 else "*i32" if name in INT32 else "*bf16"
 
 
-def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int) -> int:
-    """Bytes of shared memory that the kernel takes on an H100 or H200."""
+def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, most: int | None = None) -> int:
+    """Bytes of shared memory that the kernel takes on an H100 or H200, with at most `most` registers."""
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else kind(name) for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
@@ -57,8 +57,10 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int) -> int:
         (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in ("tokens", "requests")
     }
     source = ASTSource(kernel, signature, values, attributes)
-    options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)}
-    return int(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).metadata.shared)
+    options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)} | ({"maxnreg": most} if most else {})
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    assert most is None or registers_and_stack(compiled.asm["cubin"])[0] <= most
+    return int(compiled.metadata.shared)
 
 
 def registers_and_stack(code: bytes) -> tuple[int, int]:
@@ -120,9 +122,9 @@ def main() -> None:
         print("attention of many", page, compile_kernel(_decode_many, both | many, 1))
         for tokens in (1, 8):
             splits = splits_for(tokens, HEADS)
-            block, stages, warps = tile(splits)
+            block, stages, warps, most = tile(splits)
             few = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "COPIES": COPIES}
-            print("attention", page, tokens, compile_kernel(_decode, both | few, warps))
+            print("attention", page, tokens, compile_kernel(_decode, both | few, warps, most))
     one = {"ROWS": 1, "PDL": True}
     for flags in ((True, False, False), (False, False, False), (False, True, False), (False, True, True)):
         what = dict(zip(("SUM", "NORM", "ADD"), flags, strict=True))

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hrm_text.config import HrmTextShape
 from hrm_text.kernels import staged
-from hrm_text.kernels.attention import DecodeBatch
+from hrm_text.kernels.attention import REGISTERS, DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.staged import COPIES, Geometry, code_for, fits, slot_bytes, staged_linear, why_not
 from hrm_text.model import HrmTextBody
@@ -217,6 +217,9 @@ def test_neighbours_fit_on_a_multiprocessor() -> None:
         assert sum(each.shared_bytes + 1024 for each in chosen) + attentions * 2048 <= 228 * 1024, names
         registers = sum(each.threads * each.registers for each in chosen)
         assert registers + attentions * 64 * 96 <= 65536, names
+    # A quarter of it has 16,384, and warps are dealt to quarters: 17 of down's, 9 of gqkv's, and one of attention's.
+    dealt = [(tiles[name].threads // 128, tiles[name].registers) for name in ("down", "gqkv")] + [(1, REGISTERS)]
+    assert sum(warps * 32 * -(-registers // 8) * 8 for warps, registers in dealt) <= 16384
 
 
 @pytest.mark.parametrize("name", PROJECTIONS)
