@@ -59,6 +59,8 @@ def check_adapter(folder: Path, shape: HrmTextShape, limit: int | None) -> None:
     """
     try:
         config = json.loads((folder / "adapter_config.json").read_text())
+        if not isinstance(config, dict):
+            raise ValueError(f"adapter_config.json must hold an object, got {config!r:.40}")
         tensors = tensor_shapes(folder)
     except (OSError, ValueError) as error:
         raise ValueError(f"no adapter can be read in {str(folder)!r}: {error}") from error
@@ -91,7 +93,7 @@ def checked_rank(config: Mapping[str, Any], limit: int | None) -> int:
     """The largest rank of an adapter's config.
 
     Raises:
-        ValueError: the config asks for more than A and B, or for a rank above `limit`.
+        ValueError: the config asks for more than A and B, or for a rank above `limit`, or a number is missing.
     """
     if str(config.get("peft_type")).upper() != "LORA":
         raise ValueError(f"peft_type: must be 'LORA', got {config.get('peft_type')!r}")
@@ -103,10 +105,29 @@ def checked_rank(config: Mapping[str, Any], limit: int | None) -> int:
     init = str(config.get("init_lora_weights")).lower()
     if init.startswith(_REFUSED_INITS):
         raise ValueError(f"init_lora_weights: {init!r} changes the base model; convert the adapter to plain LoRA")
-    rank: int = max(config["r"], *(config.get("rank_pattern") or {}).values(), 1)
+    for field, alpha in _with_pattern(config, "lora_alpha", "alpha_pattern"):
+        if isinstance(alpha, bool) or not isinstance(alpha, int | float):
+            raise ValueError(f"{field}: must be a number, got {alpha!r}")
+    ranks = _with_pattern(config, "r", "rank_pattern")
+    for field, value in ranks:
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{field}: must be an integer from 1 on, got {value!r}")
+    rank: int = max(value for _, value in ranks)
     if limit is not None and rank > limit:
         raise ValueError(f"r: the adapter's rank is {rank}; the limit is {limit}, from --max-lora-rank")
     return rank
+
+
+def _with_pattern(config: Mapping[str, Any], field: str, pattern: str) -> list[tuple[str, Any]]:
+    """A field of an adapter's config and those of the pattern that goes with it, each with the name it has there.
+
+    Raises:
+        ValueError: the pattern is none.
+    """
+    others = config.get(pattern) or {}
+    if not isinstance(others, Mapping):
+        raise ValueError(f"{pattern}: must be an object, got {others!r}")
+    return [(field, config.get(field)), *((f"{pattern}[{key!r}]", value) for key, value in others.items())]
 
 
 def check_tensor(name: str, size: tuple[int, ...], config: Mapping[str, Any], shape: HrmTextShape) -> None:

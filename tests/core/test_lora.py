@@ -26,12 +26,25 @@ BLOCK = "base_model.model.model.H_module.layers.1"
         ({"bias": "all"}, "bias: must be 'none', got 'all'"),
         ({"modules_to_save": ["lm_head"]}, r"modules_to_save: is not supported for HRM-Text, got \['lm_head'\]"),
         ({"lora_bias": True}, "lora_bias: is not supported"),
+        ({"r": None}, "r: must be an integer from 1 on, got None"),
+        ({"r": 0}, "r: must be an integer from 1 on, got 0"),
+        ({"r": True}, "r: must be an integer from 1 on, got True"),
+        ({"rank_pattern": {"q_proj": "9"}}, r"rank_pattern\['q_proj'\]: must be an integer from 1 on, got '9'"),
+        ({"rank_pattern": [9]}, r"rank_pattern: must be an object, got \[9\]"),
+        ({"lora_alpha": None}, "lora_alpha: must be a number, got None"),
+        ({"alpha_pattern": {"q_proj": "x"}}, r"alpha_pattern\['q_proj'\]: must be a number, got 'x'"),
         ({"init_lora_weights": "pissa_niter_4"}, "init_lora_weights: 'pissa_niter_4' changes the base model"),
     ],
 )
 def test_a_config_that_means_more_than_a_and_b_is_refused(config: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lora.checked_rank(CONFIG | config, limit=8)
+
+
+@pytest.mark.parametrize("field", ["r", "lora_alpha"])
+def test_a_field_that_is_missing_is_named(field: str) -> None:
+    with pytest.raises(ValueError, match=f"{field}: must be .*, got None"):
+        lora.checked_rank({name: value for name, value in CONFIG.items() if name != field}, limit=8)
 
 
 def test_the_rank_is_the_largest() -> None:

@@ -139,6 +139,13 @@ def test_copies_of_the_output(lengths: list[int]) -> None:
         assert error(each, expected) <= TOLERANCE
 
 
+def test_copies_are_refused_where_nothing_would_write_them() -> None:
+    case = Case([3] * (MAX_SPLIT_TOKENS + 1), 16, False, False, 0)
+    attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
+    with pytest.raises(ValueError, match="copies: 17 tokens have one"):
+        attention(case.gqkv, case.k_cache, case.v_cache, case.batch, copies=2)
+
+
 def test_padding_rows_write_nothing() -> None:
     case = Case([5, 9], 16, False, False, 0)
     case.batch.write_slots[1] = -1

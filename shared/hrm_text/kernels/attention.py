@@ -236,6 +236,8 @@ class DecodeAttention:
         size = (copies, tokens, self.heads * self.head_dim)[copies == 1 :]
         out = torch.empty(size, dtype=gqkv.dtype, device=gqkv.device)
         if tokens > MAX_SPLIT_TOKENS:
+            if copies != 1:
+                raise ValueError(f"copies: {tokens} tokens have one; the limit for more is {MAX_SPLIT_TOKENS} tokens")
             self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
             return out
         if x is not None:
