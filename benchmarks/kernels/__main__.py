@@ -1,6 +1,6 @@
 """The fused decode kernels on one GPU, without an engine: every kernel's time and bandwidth, and whole decode steps.
 
-    python -m benchmarks.kernels --out kernels.json
+    python -m benchmarks.kernels --out kernels.json            # --page 1 for SGLang's KV cache
 
 The 1B's shape with random weights. A kernel is timed in a CUDA graph that calls it once for each of the 128 layer
 calls of a step, over weights and KV caches as they alternate there, so that the L2 cache holds nothing that it would
@@ -76,28 +76,34 @@ class Model:
             for layer, block in enumerate(stacks[kind].layers)
         ]
 
-    def place(self, tokens: int, context: int) -> None:
-        """Room for `tokens` requests of `context` tokens each, their KV slots shuffled in runs of 16."""
-        shape = self.shape
-        pages = -(-context // 16) * tokens
-        self.cache = torch.randn(
-            shape.plan.num_slots, 2, 16 * pages, 1, shape.num_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16
-        )
-        runs = torch.randperm(pages, device="cuda").view(tokens, -1, 1) * 16
-        table = (runs + torch.arange(16, device="cuda")).view(tokens, -1)[:, :context].contiguous()
+    def place(self, tokens: int, context: int, page: int) -> None:
+        """Room for `tokens` requests of `context` tokens each, their pages shuffled.
+
+        Pages of one token lie as in SGLang's pool, in a flat table; longer ones as in vLLM's cache.
+        """
+        shape, pages = self.shape, -(-context // page)
+        heads, head_dim, count = shape.num_heads, shape.head_dim, tokens * pages
+        lines = (2, count, 1, heads, head_dim) if page == 1 else (count, heads, page, 2 * head_dim)
+        self.cache = torch.randn(shape.plan.num_slots, *lines, device="cuda", dtype=torch.bfloat16)
+        self.context, self.page, last = context, page, context - 1
+        table = torch.randperm(count, device="cuda").int().view(tokens, pages)
+        starts = torch.arange(tokens + 1, dtype=torch.int32, device="cuda") * context
         self.batch = DecodeBatch(
-            positions=torch.full((tokens,), context - 1, device="cuda"),
-            write_slots=table[:, -1].contiguous(),
-            table=table.int(),
-            row_starts=None,
-            lengths=torch.full((tokens,), context, dtype=torch.int32, device="cuda"),
-            page_size=1,
+            positions=torch.full((tokens,), last, device="cuda"),
+            write_slots=table[:, last // page].long() * page + last % page,
+            table=table.flatten() if page == 1 else table,
+            row_starts=starts if page == 1 else None,
+            lengths=None if page == 1 else torch.full((tokens,), context, dtype=torch.int32, device="cuda"),
+            page_size=page,
             cos_sin=self.cos_sin,
         )
         self.x = torch.randn(tokens, shape.hidden_size, device="cuda", dtype=torch.bfloat16)
 
     def caches(self, slot: int) -> tuple[torch.Tensor, torch.Tensor]:
-        return self.cache[slot, 0], self.cache[slot, 1]
+        """Keys and values of a KV slot, (pages, page, heads, head_dim) each."""
+        cache = self.cache[slot]
+        k, v = cache if self.page == 1 else cache.transpose(1, 2).split(self.shape.head_dim, dim=-1)
+        return k, v
 
     def step(self) -> torch.Tensor:
         """One decode step, without embedding and LM head."""
@@ -111,7 +117,7 @@ class Model:
         gqkv, act = self.x.repeat(1, 4).contiguous(), self.x.new_ones(tokens, wide)
         product = self.x.new_ones(tokens, 2 * wide)
         eps, few, attention = shape.rms_norm_eps, tokens <= MAX_TOKENS, self.fused.attention
-        context = self.batch.table.shape[1]
+        context = self.context
         extra: dict[str, Any] = {} if few else {"x": self.x, "eps": eps}
         result: dict[str, tuple[Callable[[Block, int], object], int]] = {
             "attention": (
@@ -158,15 +164,18 @@ class Model:
         return result | {name: (kernel, sizes[name]) for name, kernel in kernels.items()}
 
 
-def main(out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("kernels.json")) -> None:
+def main(
+    out: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("kernels.json"),
+    page: Annotated[int, typer.Option(help="Tokens a page of the KV cache: 16 is vLLM's, 1 SGLang's.")] = 16,
+) -> None:
     """Time every kernel and every step, and print them beside their floors."""
     torch.manual_seed(0)
     bandwidth = copy_bandwidth()
     print(f"copy: {bandwidth / 1e12:.2f} TB/s")
     model = Model()
-    report: dict[str, Any] = {"copy_tb_s": bandwidth / 1e12, "shapes": []}
+    report: dict[str, Any] = {"copy_tb_s": bandwidth / 1e12, "page": page, "shapes": []}
     for tokens, context in SHAPES:
-        model.place(tokens, context)
+        model.place(tokens, context, page)
         step = milliseconds(model.step)
         rows = {}
         for name, (kernel, size) in model.kernels().items():
