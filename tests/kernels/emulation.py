@@ -18,7 +18,7 @@ extern "C" int params_bytes() { return sizeof(Params); }
 extern "C" int shared_bytes() { return SLOTS * (SLOT + 16) + 4 * MAX_TOKENS * WARPS; }
 extern "C" long run(Params* params, const char* x, const char* residual, unsigned seed) {
   const u64 tokens = params->tokens, outputs = residual ? OUTPUTS : 0;
-  return run_fibers(staged, *params, CTAS, {(char*)params->x, x, (params->apart ? 4 : 1) * tokens * K * 2},
+  return run_fibers(staged, *params, CTAS, {(char*)params->x, x, (params->apart ? X_COPIES : 1) * tokens * K * 2},
                     {(char*)params->residual, residual, tokens * outputs * 2}, seed);
 }
 extern "C" const char* fault_of_the_run() { return fault; }

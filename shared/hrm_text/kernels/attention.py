@@ -23,6 +23,7 @@ from hrm_text.kernels.attention_parts import (
 )
 from hrm_text.kernels.launch import dependent_launch, launch_options
 from hrm_text.kernels.nvrtc import carve_out
+from hrm_text.kernels.staged import room_for
 
 MAX_SPLITS = 32
 MAX_SPLIT_TOKENS = 16  # larger batches fill the chip with fewer
@@ -233,8 +234,7 @@ class DecodeAttention:
             copies: of the output, (copies, tokens, heads * head_dim) then; with no more tokens than `MAX_SPLIT_TOKENS`.
         """
         tokens = gqkv.shape[0]
-        size = (copies, tokens, self.heads * self.head_dim)[copies == 1 :]
-        out = torch.empty(size, dtype=gqkv.dtype, device=gqkv.device)
+        out = room_for(copies, tokens, self.heads * self.head_dim, gqkv)
         if tokens > MAX_SPLIT_TOKENS:
             if copies != 1:
                 raise ValueError(f"copies: {tokens} tokens have one; the limit for more is {MAX_SPLIT_TOKENS} tokens")

@@ -49,7 +49,9 @@ class FusedDecode:
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
         shapes, dtype = weight_shapes(shape), next(body.parameters()).dtype
         self.project = Projections(list(shapes.values()), dtype, device)
-        kinds = [(*shapes[name], *AROUND[name], copies) for name in AROUND for copies in (1, COPIES)]
+        kinds = [(*shapes[name], *AROUND[name], 1) for name in AROUND]
+        # Attention reads a head's columns of gqkv in one program, so of these there are no copies.
+        kinds += [(*shapes[name], *AROUND[name], COPIES) for name in AROUND if name != "gqkv_proj"]
         self.why_not_staged = staged.why_not(kinds, dtype, device)
         self.attention.all_shared = self.why_not_staged is None
 

@@ -7,13 +7,15 @@
 // at its sums, memory brings what the next ones multiply.
 //
 // The other WARPS warps multiply. Each owns a slice of K, so that it needs that slice of x alone, which it takes from
-// L2 (where x lies in copies, for all multiprocessors ask for the same lines at once) into the registers where tensor cores want it (B: 16 columns, 8 tokens); rows in the ring are the A side. Products
-// of the slices are summed over the warps in shared memory, where the ring was.
+// L2 into the registers where tensor cores want it (B: 16 columns, 8 tokens); rows in the ring are the A side. All CTAs
+// ask for x at once, so it may lie there in copies. Products of the slices are summed over the warps in shared memory,
+// where the ring was.
 //
 // Nobody waits in a circle: the producer waits for slots that the consumers free in order; they wait for slots, TILE
 // at a time of at least as many, and for the kernel before.
 
 constexpr int MAX_TOKENS = 8;
+constexpr int X_COPIES = 4;  // where there is more than one; CTAs read them in turn
 constexpr int ROW = 2 * K + 64;  // bytes; 64 over, so that rows begin in the other half of the banks in turn
 constexpr int SLOT = 4 * ROW;    // a quad of rows; with SWIGLU 2 of gate and the same 2 of up
 constexpr int QUADS = ROWS / 4, OUTPUTS = SWIGLU ? ROWS / 2 : ROWS, PER_QUAD = SWIGLU ? 2 : 4;
@@ -30,7 +32,7 @@ struct Params {
   const u16 *x, *w, *residual;
   u16* out;
   int tokens, shift;  // of which 2^shift are the next power of two
-  int apart;  // copies of x, 4 of which CTAs read in turn; 0 where there is one
+  int apart;  // elements from a copy of x to the next; 0 where there is one
   float eps;
 };
 
@@ -165,7 +167,7 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
   u32 b[BLOCKS][4], residual[ROUNDS] = {};
   float sum[TILES][4] = {};
   // Addresses, null where there is nothing to read, are computed ahead of the wait.
-  const u16* copy = p.x + cta() % 4 * p.apart;
+  const u16* copy = p.x + cta() % X_COPIES * p.apart;
   const u16* start = lane / 4 < p.tokens ? copy + lane / 4 * K + warp * 32 * BLOCKS + lane % 4 * 8 : nullptr;
   const u16* add[ROUNDS];
 #pragma unroll
