@@ -20,7 +20,7 @@ from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.linear import MAX_TOKENS, small_linear
-from hrm_text.kernels.staged import staged_linear
+from hrm_text.kernels.staged import copies_for, in_blocks, staged_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
@@ -135,13 +135,25 @@ class Model:
             )
         }
         linear = torch.nn.functional.linear
-        if few:
-            small = staged_linear if self.fused.staged(tokens) else small_linear
-            kernels: dict[str, Callable[[Block, int], object]] = {
-                "gqkv": lambda b, _: small(self.x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
-                "o": lambda b, _: small(self.x, b.self_attn.o_proj.weight, residual=self.x),
-                "gate_up": lambda b, _: small(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
-                "down": lambda b, _: small(act, b.mlp.down_proj.weight, residual=self.x),
+        kernels: dict[str, Callable[[Block, int], object]]
+        if self.fused.staged(tokens):
+            copies = copies_for(tokens)
+            x, wide_x = (in_blocks(each).repeat(copies, 1, 1, 1) for each in (self.x, act))
+            extra["copies"] = copies
+            kernels = {
+                "gqkv": lambda b, _: staged_linear(x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
+                "o": lambda b, _: staged_linear(x, b.self_attn.o_proj.weight, residual=x, copies=copies),
+                "gate_up": lambda b, _: staged_linear(
+                    x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True, copies=copies
+                ),
+                "down": lambda b, _: staged_linear(wide_x, b.mlp.down_proj.weight, residual=x, copies=copies),
+            }
+        elif few:
+            kernels = {
+                "gqkv": lambda b, _: small_linear(self.x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
+                "o": lambda b, _: small_linear(self.x, b.self_attn.o_proj.weight, residual=self.x),
+                "gate_up": lambda b, _: small_linear(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
+                "down": lambda b, _: small_linear(act, b.mlp.down_proj.weight, residual=self.x),
             }
         elif tokens <= MAX_TILED_TOKENS:
             project = self.fused.project

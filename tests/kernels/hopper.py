@@ -85,16 +85,17 @@ def main() -> None:
     ):
         shape = {"K": width, "NORM": norm, "SWIGLU": swiglu, "RESIDUAL": residual}
         block, warps = register_tile(width)
-        geometry = Geometry.of(rows * (2 if swiglu else 1), width, norm, swiglu, residual, 132)
-        try:
-            registers, stack = registers_and_stack(code_for(geometry))
-        except Exception as reason:  # the bindings raise what they like when a library is not there
-            if "NVRTC:" in str(reason):
-                raise
-            print("staged: no NVRTC here")
-        else:
-            assert stack == 0 and registers <= geometry.registers
-            print("staged", geometry.rows, width, geometry.shared_bytes, "registers", registers)
+        for copies in (1, COPIES) if swiglu or residual else (0,):
+            geometry = Geometry.of(rows * (2 if swiglu else 1), width, norm, swiglu, residual, 132, copies)
+            try:
+                registers, stack = registers_and_stack(code_for(geometry))
+            except Exception as reason:  # the bindings raise what they like when a library is not there
+                if "NVRTC:" in str(reason):
+                    raise
+                print("staged: no NVRTC here")
+            else:
+                assert stack == 0 and registers <= geometry.registers
+                print("staged", geometry.rows, width, geometry.shared_bytes, "copies", copies, "registers", registers)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)
@@ -126,8 +127,8 @@ def main() -> None:
             few = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "COPIES": COPIES}
             print("attention", page, tokens, compile_kernel(_decode, both | few, warps, most))
     one = {"ROWS": 1, "PDL": True}
-    for flags in ((True, False, False), (False, False, False), (False, True, False), (False, True, True)):
-        what = dict(zip(("SUM", "NORM", "ADD"), flags, strict=True))
+    for flags in ((1, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 1, 1)):
+        what = dict(zip(("SUM", "NORM", "ADD", "BLOCKS"), map(bool, flags), strict=True))
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
     print("rope", compile_kernel(_rope_write, {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE} | one, 4))
     print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048} | one, 4))

@@ -8,6 +8,7 @@ import torch
 
 from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, norm_add, rms, rope_write, swiglu
 from hrm_text.kernels.prefill import FusedPrefill
+from hrm_text.kernels.staged import in_blocks, in_rows
 from hrm_text.model import HrmTextBody
 from hrm_text.oracle import token_logprobs
 from hrm_text.plain import rope_table
@@ -39,6 +40,8 @@ def test_sums_and_norms(dtype: torch.dtype, tokens: int, hidden: int) -> None:
     assert close(norm(a, 1e-6), a.double() * factors_of(a)[:, None])
     normed, behind = norm_add(a, b, 1e-6)
     assert torch.equal(normed, norm(a, 1e-6)) and close(behind, normed.double() + b.double())
+    again, in_them = norm_add(in_blocks(a).repeat(2, 1, 1, 1), b, 1e-6)
+    assert torch.equal(again, normed) and torch.equal(in_rows(in_them), behind) and len(in_them) == 1
 
 
 def factors_of(x: torch.Tensor) -> torch.Tensor:

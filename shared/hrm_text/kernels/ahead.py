@@ -11,7 +11,7 @@ from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch, norm_add
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
-from hrm_text.kernels.staged import one_of
+from hrm_text.kernels.staged import in_blocks
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
@@ -56,7 +56,8 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     own = FusedDecode(body, device)
     x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
     block, slot = first_layer(body)
-    return norm_add(one_of(own.block(x, block, empty_batch(batch, size), *caches(slot))), x, own.eps)[1]
+    given = in_blocks(x) if own.staged(size) else x
+    return norm_add(own.block(given, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[1]
 
 
 def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:

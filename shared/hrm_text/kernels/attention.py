@@ -71,9 +71,13 @@ def _attend(q, k, v, inside, peak, total, mixed):
 
 
 @triton.jit
-def _store_copies(out, stride, value, COPIES: tl.constexpr):
+def _store(out, request, requests, column, value, WIDTH: tl.constexpr, COPIES: tl.constexpr):
+    """A head's output: in a row, or copies of it in blocks of 32 columns (`staged.in_blocks`)."""
+    value = value.to(out.dtype.element_ty)
+    if COPIES == 0:
+        tl.store(out + request * WIDTH + column, value)
     for copy in tl.static_range(COPIES):
-        tl.store(out + copy * stride, value.to(out.dtype.element_ty))
+        tl.store(out + copy * requests * WIDTH + (column // 32 * requests + request) * 32 + column % 32, value)
 
 
 @triton.jit
@@ -165,13 +169,12 @@ def _decode(
         weights = weights * keep + weight
         top = new_top
 
-    out = out_ptr + request * HEADS * DIM + head * DIM + full
     gate = tl.sigmoid(gate.to(tl.float32))
-    stride = tl.num_programs(2) * HEADS * DIM
+    requests, column = tl.num_programs(2), head * DIM + full
     if SPLITS == 1:  # noqa: SIM114 - known to the compiler, which leaves the rest out
-        _store_copies(out, stride, result / weights * gate, COPIES)
+        _store(out_ptr, request, requests, column, result / weights * gate, HEADS * DIM, COPIES)
     elif pieces == 1:
-        _store_copies(out, stride, result / weights * gate, COPIES)
+        _store(out_ptr, request, requests, column, result / weights * gate, HEADS * DIM, COPIES)
     else:
         pair = request * HEADS + head
         partial, stats = partial_ptr + pair * SPLITS * DIM, stats_ptr + pair * SPLITS * 2
@@ -183,7 +186,7 @@ def _decode(
             tl.store(arrivals_ptr + pair, 0)
             each = tl.arange(0, SPLITS)
             whole = combined(partial, stats, each, each < pieces, full, DIM)
-            _store_copies(out, stride, whole * gate, COPIES)
+            _store(out_ptr, request, requests, column, whole * gate, HEADS * DIM, COPIES)
 
 
 def splits_for(tokens: int, heads: int) -> int:
@@ -220,7 +223,7 @@ class DecodeAttention:
         *,
         x: torch.Tensor | None = None,
         eps: float = 0.0,
-        copies: int = 1,
+        copies: int = 0,
     ) -> torch.Tensor:
         """Gated attention output, (tokens, heads * head_dim); writes the new token's key and value.
 
@@ -231,13 +234,14 @@ class DecodeAttention:
             x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it, as it must with no more
                 than `MAX_SPLIT_TOKENS`.
             eps: of that RMSNorm.
-            copies: of the output, (copies, tokens, heads * head_dim) then; with no more tokens than `MAX_SPLIT_TOKENS`.
+            copies: of the output as `staged_linear` has x, (copies, width / 32, tokens, 32); 0 for one in rows, as it
+                is with more tokens than `MAX_SPLIT_TOKENS`.
         """
         tokens = gqkv.shape[0]
         out = room_for(copies, tokens, self.heads * self.head_dim, gqkv)
         if tokens > MAX_SPLIT_TOKENS:
-            if copies != 1:
-                raise ValueError(f"copies: {tokens} tokens have one; the limit for more is {MAX_SPLIT_TOKENS} tokens")
+            if copies:
+                raise ValueError(f"copies={copies}: {tokens} tokens have none; the limit is {MAX_SPLIT_TOKENS} tokens")
             self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
             return out
         if x is not None:

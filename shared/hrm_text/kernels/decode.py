@@ -17,7 +17,7 @@ from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.pointwise import norm_add
-from hrm_text.kernels.staged import COPIES, copies_for, one_of, staged_linear
+from hrm_text.kernels.staged import COPIES, copies_for, in_blocks, staged_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 
@@ -49,9 +49,12 @@ class FusedDecode:
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
         shapes, dtype = weight_shapes(shape), next(body.parameters()).dtype
         self.project = Projections(list(shapes.values()), dtype, device)
-        kinds = [(*shapes[name], *AROUND[name], 1) for name in AROUND]
-        # Attention reads a head's columns of gqkv in one program, so of these there are no copies.
-        kinds += [(*shapes[name], *AROUND[name], COPIES) for name in AROUND if name != "gqkv_proj"]
+        # Attention reads rows of gqkv, a head's columns in one program.
+        kinds = [
+            (*shapes[name], *AROUND[name], copies)
+            for name in AROUND
+            for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))
+        ]
         self.why_not_staged = staged.why_not(kinds, dtype, device)
         self.attention.all_shared = self.why_not_staged is None
 
@@ -64,7 +67,7 @@ class FusedDecode:
             caches: (k_cache, v_cache) of a KV slot, as `DecodeAttention` takes them.
         """
         body, z_L = self.body, z_L.contiguous()
-        x = z_L + z_H
+        x = in_blocks(z_L + z_H) if self.staged(len(z_H)) else z_L + z_H
         for step in body.stage:
             kind = body.steps[step]
             stack = body.L_module if kind == "L" else body.H_module
@@ -72,9 +75,9 @@ class FusedDecode:
                 x = self.block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
             # One kernel from a stack to the next, launched as the others are, so that its weights are on their way.
             if kind == "L":
-                z_L, x = norm_add(one_of(x), z_H, self.eps)
+                z_L, x = norm_add(x, z_H, self.eps)
             else:
-                z_H, x = norm_add(one_of(x), z_L, self.eps)
+                z_H, x = norm_add(x, z_L, self.eps)
         return z_H
 
     def staged(self, tokens: int) -> bool:
@@ -84,7 +87,7 @@ class FusedDecode:
     def block(
         self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
-        """A layer call: (tokens, hidden), or copies of it, to the same, with the cache of its KV slot."""
+        """A layer call: (tokens, hidden), or x as staged projections have it, to the same, with its KV slot's cache."""
         attention, mlp = block.self_attn, block.mlp
         tokens = x.shape[-2]
         if self.staged(tokens):

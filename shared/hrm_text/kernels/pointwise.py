@@ -48,7 +48,7 @@ def options(device: torch.device) -> dict[str, Any]:
 def _rms(
     x_ptr, other_ptr, out_ptr, factors_ptr, sum_ptr, tokens, eps,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, SUM: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    ROWS: tl.constexpr, PDL: tl.constexpr,
+    BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -57,7 +57,10 @@ def _rms(
     column = tl.arange(0, WIDE)
     mask = (token < tokens)[:, None] & (column < HIDDEN)[None, :]
     at = token[:, None] * HIDDEN + column[None, :]
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    inner = at  # where x and its sum lie
+    if BLOCKS:
+        inner = (column // 32)[None, :] * tokens * 32 + token[:, None] * 32 + (column % 32)[None, :]
+    x = tl.load(x_ptr + inner, mask=mask, other=0.0).to(tl.float32)
     if SUM or ADD:
         other = tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
     if SUM:
@@ -70,7 +73,7 @@ def _rms(
         normed = (x * factor[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, normed, mask=mask)
         if ADD:
-            tl.store(sum_ptr + at, (normed.to(tl.float32) + other).to(sum_ptr.dtype.element_ty), mask=mask)
+            tl.store(sum_ptr + inner, (normed.to(tl.float32) + other).to(sum_ptr.dtype.element_ty), mask=mask)
     else:
         tl.store(factors_ptr + token, factor, mask=token < tokens)
 
@@ -85,11 +88,13 @@ def _launch_rms(
     behind: torch.Tensor | None = None,
 ) -> None:
     """Factors of x, or of x + other in `out`; without `factors` the norm in `out`, and its sum with other `behind`."""
-    tokens, hidden = x.shape
+    (tokens, hidden), blocks = x.shape[-2:], x.ndim == 4
+    hidden *= x.shape[1] if blocks else 1
     pointers = [x if each is None else each for each in (other, out, factors, behind)]
     _rms[(triton.cdiv(tokens, rows_of(x.device)),)](
         x, *pointers, tokens, eps, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
-        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None, **options(x.device),
+        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None, BLOCKS=blocks,
+        **options(x.device),
     )  # fmt: skip
 
 
@@ -116,8 +121,16 @@ def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def norm_add(x: torch.Tensor, other: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """The RMSNorm of (tokens, hidden) x, and its sum with `other`; both contiguous."""
-    out, behind = torch.empty_like(x), torch.empty_like(x)
+    """The RMSNorm of x, and its sum with `other`.
+
+    Args:
+        x: (tokens, hidden), or the first of what a staged projection wrote, (copies, hidden / 32, tokens, 32).
+        other: (tokens, hidden), contiguous as x is.
+
+    Returns:
+        (tokens, hidden), and the sum as x lies, in one copy.
+    """
+    out, behind = torch.empty_like(other), torch.empty_like(x[:1] if x.ndim == 4 else x)
     _launch_rms(x, eps, other=other, out=out, behind=behind)
     return out, behind
 

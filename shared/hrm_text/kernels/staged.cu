@@ -7,15 +7,18 @@
 // at its sums, memory brings what the next ones multiply.
 //
 // The other WARPS warps multiply. Each owns a slice of K, so that it needs that slice of x alone, which it takes from
-// L2 into the registers where tensor cores want it (B: 16 columns, 8 tokens); rows in the ring are the A side. All CTAs
-// ask for x at once, so it may lie there in copies. Products of the slices are summed over the warps in shared memory,
-// where the ring was.
+// L2 into the registers where tensor cores want it (B: 16 columns, 8 tokens); rows in the ring are the A side. Products of
+// the slices are summed over the warps in shared memory, where the ring was.
+//
+// All CTAs ask for x at once, so what a warp reads with one instruction lies together: x is in blocks of 32 columns, each
+// with those of all tokens, and may be there in copies. So are the residual, and the result but for gqkv's.
 //
 // Nobody waits in a circle: the producer waits for slots that the consumers free in order; they wait for slots, TILE
 // at a time of at least as many, and for the kernel before.
 
 constexpr int MAX_TOKENS = 8;
 constexpr int X_COPIES = 4;  // where there is more than one; CTAs read them in turn
+constexpr int WRITES = COPIES ? COPIES : 1;  // of the result; 0 copies: in rows, not in blocks
 constexpr int ROW = 2 * K + 64;  // bytes; 64 over, so that rows begin in the other half of the banks in turn
 constexpr int SLOT = 4 * ROW;    // a quad of rows; with SWIGLU 2 of gate and the same 2 of up
 constexpr int QUADS = ROWS / 4, OUTPUTS = SWIGLU ? ROWS / 2 : ROWS, PER_QUAD = SWIGLU ? 2 : 4;
@@ -86,6 +89,8 @@ DEVICE void produce(const Params& p, const Ring& ring, const Share& share, int l
 struct Item {
   int row, column, token;
   bool mine;
+  // Where it lies in blocks of columns.
+  DEVICE int in_blocks(const Params& p) const { return (column / 32 * p.tokens + token) * 32 + column % 32; }
   DEVICE Item(const Params& p, const Share& share, int round) {
     const int index = thread() + round * 32 * WARPS, output = index >> p.shift;
     token = index - (output << p.shift);
@@ -96,11 +101,11 @@ struct Item {
 };
 
 // This warp's slice of x as the B side of its products: lane 4 n + c has, of each 32 columns, 8 c to 8 c + 7 of token n.
-DEVICE void read_slice(u32 (&b)[BLOCKS][4], const u16* start) {
+DEVICE void read_slice(u32 (&b)[BLOCKS][4], const u16* start, int apart) {
 #pragma unroll
   for (int i = 0; i < BLOCKS; i++) {
     uint4 part = {0, 0, 0, 0};
-    if (start) part = read_16_bytes(start + 32 * i);
+    if (start) part = read_16_bytes(start + i * apart);
     b[i][0] = part.x, b[i][1] = part.y, b[i][2] = part.z, b[i][3] = part.w;
   }
 }
@@ -168,19 +173,19 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
   float sum[TILES][4] = {};
   // Addresses, null where there is nothing to read, are computed ahead of the wait.
   const u16* copy = p.x + cta() % X_COPIES * p.apart;
-  const u16* start = lane / 4 < p.tokens ? copy + lane / 4 * K + warp * 32 * BLOCKS + lane % 4 * 8 : nullptr;
+  const u16* start = lane / 4 < p.tokens ? copy + warp * BLOCKS * 32 * p.tokens + lane * 8 : nullptr;
   const u16* add[ROUNDS];
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++) {
     const Item item(p, share, i);
-    add[i] = RESIDUAL && item.mine ? p.residual + item.token * OUTPUTS + item.column : nullptr;
+    add[i] = RESIDUAL && item.mine ? p.residual + item.in_blocks(p) : nullptr;
     computed_here(add[i]);
   }
   computed_here(start);
 
   // What the last kernel wrote is read, and what an earlier one may read is written, from here on; all at once.
   wait_for_last_kernel();
-  read_slice(b, start);
+  read_slice(b, start, 32 * p.tokens);
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++)
     if (RESIDUAL && add[i]) residual[i] = read_2_bytes(add[i]);
@@ -206,9 +211,9 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
     if (SWIGLU) y = silu(y) * (product(ring, item.row + 2, item.token) * r);
     computed_here(residual[i]);
     const u16 rounded = bf16(y + low(residual[i]));
-    u16* out = p.out + item.token * OUTPUTS + item.column;
+    u16* out = p.out + (COPIES ? item.in_blocks(p) : item.token * OUTPUTS + item.column);
 #pragma unroll
-    for (int copy = 0; copy < COPIES; copy++, out += p.tokens * OUTPUTS) write_2_bytes(out, rounded);
+    for (int copy = 0; copy < WRITES; copy++, out += p.tokens * OUTPUTS) write_2_bytes(out, rounded);
   }
 }
 

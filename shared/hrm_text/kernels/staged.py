@@ -12,6 +12,7 @@ from hrm_text.kernels.launch import capability
 from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source
 
 MAX_TOKENS = 8
+BLOCK = 32  # columns that lie together, those of all tokens
 COPIES = 4  # of what the next projection reads: X_COPIES in `staged.cu`
 SOURCES = ("staged_ptx.cuh", "staged.cu")
 SHARED_BYTES = 227 * 1024  # of a CTA, at most
@@ -54,7 +55,7 @@ class Geometry:
         warps: that multiply.
         slots: of the ring, 4 rows each.
         registers: of a thread, at most.
-        copies: of the result.
+        copies: of the result in blocks; 0 for one in rows.
     """
 
     rows: int
@@ -66,11 +67,11 @@ class Geometry:
     warps: int
     slots: int
     registers: int
-    copies: int = 1
+    copies: int = 0
 
     @classmethod
     def of(
-        cls, rows: int, width: int, norm: bool, swiglu: bool, residual: bool, processors: int, copies: int = 1
+        cls, rows: int, width: int, norm: bool, swiglu: bool, residual: bool, processors: int, copies: int = 0
     ) -> "Geometry":
         """For a weight on a GPU of so many multiprocessors, by `TILES`."""
         tile = TILES["gate_up" if swiglu else "gqkv" if not residual else "down" if width > rows else "o"]
@@ -149,28 +150,29 @@ def staged_linear(
     norm_eps: float | None = None,
     swiglu: bool = False,
     residual: torch.Tensor | None = None,
-    copies: int = 1,
+    copies: int = 0,
     kernel: Launch | None = None,
 ) -> torch.Tensor:
     """As `small_linear`, for bfloat16 and at most `MAX_TOKENS` tokens.
 
-    All multiprocessors ask for x at once. Where it lies in several places, they do not wait for the same parts of L2.
+    All multiprocessors ask for x at once, and wait for the parts of L2 where it lies: so it is in blocks (`in_blocks`),
+    and may be there more than once.
 
     Args:
-        x: (tokens, K), or `COPIES` of it, (copies, tokens, K).
-        residual: (tokens, rows), or copies.
-        copies: of the result; each number of them is a kernel of its own.
+        x: (1 or `COPIES`, K / 32, tokens, 32).
+        residual: (any, rows / 32, tokens, 32), of which the first is read.
+        copies: of the result, in blocks as well; 0 for one in rows. Each number of them is a kernel of its own.
         kernel: that runs it, where it is not the device's own.
 
     Returns:
-        What `small_linear` does; with more copies than one, (copies, tokens, rows).
+        (copies, outputs / 32, tokens, 32), without copies (tokens, outputs), of what `small_linear` returns.
     """
-    tokens, width = x.shape[-2:]
-    rows = weight.shape[0]
+    tokens, (rows, width) = x.shape[2], weight.shape
     outputs = rows // 2 if swiglu else rows
-    assert x.shape[:-2] in ((), (COPIES,))
+    assert len(x) in (1, COPIES) and x.shape[1] * x.shape[3] == width and x.shape[3] == BLOCK
     assert 1 <= tokens <= MAX_TOKENS and x.is_contiguous() and (residual is None or residual.is_contiguous())
     assert x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0, "rows are copied in units of 16 bytes"
+    assert outputs % BLOCK == 0 or not (copies or residual is not None)
     out = room_for(copies, tokens, outputs, x)
     launch = kernel or kernel_for(
         rows, width, norm_eps is not None, swiglu, residual is not None, copies, x.device.index
@@ -178,7 +180,7 @@ def staged_linear(
     launch(
         Params(
             x.data_ptr(), weight.data_ptr(), None if residual is None else residual.data_ptr(), out.data_ptr(),
-            tokens, (tokens - 1).bit_length(), tokens * width if x.ndim == 3 else 0, norm_eps or 0.0,
+            tokens, (tokens - 1).bit_length(), tokens * width if len(x) > 1 else 0, norm_eps or 0.0,
         )
     )  # fmt: skip
     return out
@@ -191,13 +193,18 @@ def copies_for(tokens: int) -> int:
 
 
 def room_for(copies: int, tokens: int, columns: int, like: torch.Tensor) -> torch.Tensor:
-    """(tokens, columns), or (copies, tokens, columns) where there are more copies than one, of the type of `like`."""
-    return like.new_empty((copies, tokens, columns)[copies == 1 :])
+    """For (tokens, columns), or copies of it in blocks, (copies, columns / 32, tokens, 32), of the type of `like`."""
+    return like.new_empty((copies, columns // BLOCK, tokens, BLOCK) if copies else (tokens, columns))
 
 
-def one_of(x: torch.Tensor) -> torch.Tensor:
-    """(tokens, columns) x, of copies the first."""
-    return x[0] if x.ndim == 3 else x
+def in_blocks(x: torch.Tensor) -> torch.Tensor:
+    """(tokens, columns) x as projections read it, (1, columns / 32, tokens, 32): of 32 columns those of all tokens."""
+    return x.unflatten(-1, (-1, BLOCK)).transpose(0, 1)[None].contiguous()
+
+
+def in_rows(x: torch.Tensor) -> torch.Tensor:
+    """The inverse of `in_blocks`, for the first copy."""
+    return x[0].transpose(0, 1).flatten(1)
 
 
 def why_not(
