@@ -27,7 +27,7 @@ from hrm_text.kernels.linear import (
     register_tile,
     tensor_core_parts,
 )
-from hrm_text.kernels.pointwise import COLUMNS, _gate, _rms, _rope_write, _swiglu
+from hrm_text.kernels.pointwise import COLUMNS, _factors, _gate, _rms, _rope_write, _swiglu
 from hrm_text.kernels.pointwise import HEADS as HEADS_AT_ONCE
 from hrm_text.kernels.staged import COPIES, Geometry, code_for
 from hrm_text.kernels.swiglu import _scaled_swiglu
@@ -130,6 +130,7 @@ def main() -> None:
     for flags in ((1, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 1, 1)):
         what = dict(zip(("SUM", "NORM", "ADD", "BLOCKS"), map(bool, flags), strict=True))
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
+    print("factors", compile_kernel(_factors, {"PARTS": 8, "WIDE": 8, "ROWS": 64, "PDL": True}, 4))
     print("rope", compile_kernel(_rope_write, {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE} | one, 4))
     print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048} | one, 4))
     print("swiglu of a prefill", compile_kernel(_swiglu, {"COLUMNS": COLUMNS} | one, 4))

@@ -11,6 +11,7 @@ from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch, norm_add
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
+from hrm_text.kernels.products import MANY_TOKENS
 from hrm_text.kernels.staged import in_blocks
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
@@ -41,7 +42,8 @@ def compile_ahead(
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.inference_mode():
             job()
 
-    jobs: list[Callable[[], object]] = [*others, partial(run_empty_prefill, fused, batch, caches)]
+    jobs: list[Callable[[], object]] = [partial(run_empty_prefill, fused, batch, caches, MANY_TOKENS), *others]
+    jobs += [partial(run_empty_prefill, fused, batch, caches, 16)]
     jobs += [partial(run_empty, fused, batch, caches, size) for size in {min(size, most) for size in (*SIZES, most)}]
     torch.cuda.synchronize(device)  # these streams wait for nobody
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
@@ -60,11 +62,13 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     return norm_add(own.block(given, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[1]
 
 
-def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
+def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:
     """What a step with prompts has around its attention, for padding."""
-    body, empty = fused.body, empty_batch(batch, 16)
+    body, empty = fused.body, empty_batch(batch, size)
     padding = PrefillBatch(empty.positions, empty.write_slots, empty.page_size, empty.cos_sin)
-    zeros = torch.zeros(16, body.shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device)
+    zeros = torch.zeros(
+        size, body.shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device
+    )
     return FusedPrefill(body).one_layer(zeros, zeros, padding, caches, lambda slot, q, k, v: q.contiguous())
 
 

@@ -113,6 +113,32 @@ def rms(x: torch.Tensor, eps: float) -> torch.Tensor:
     return factors
 
 
+@triton.jit(do_not_specialize=["tokens"])
+def _factors(
+    squares_ptr, factors_ptr, tokens, width, eps,
+    PARTS: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    part = tl.arange(0, WIDE)
+    mask = (token < tokens)[:, None] & (part < PARTS)[None, :]
+    squares = tl.load(squares_ptr + token[:, None] * PARTS + part[None, :], mask=mask, other=0.0)
+    tl.store(factors_ptr + token, 1.0 / tl.sqrt(tl.sum(squares, 1) / width + eps), mask=token < tokens)
+
+
+def factors_of(squares: torch.Tensor, width: int, eps: float) -> torch.Tensor:
+    """(tokens,) float32 RMSNorm factors of rows of `width`, from (tokens, any) parts of the sums of their squares."""
+    tokens, parts = squares.shape
+    factors = torch.empty(tokens, dtype=torch.float32, device=squares.device)
+    _factors[(triton.cdiv(tokens, 64),)](
+        squares, factors, tokens, width, eps,
+        PARTS=parts, WIDE=triton.next_power_of_2(parts), **options(squares.device) | {"ROWS": 64},
+    )  # fmt: skip
+    return factors
+
+
 def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """The RMSNorm of (tokens, hidden) x, contiguous."""
     out = torch.empty_like(x)

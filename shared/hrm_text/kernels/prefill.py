@@ -1,12 +1,12 @@
-"""A step of any tokens with attention left to the engine: four GEMMs a layer, and one kernel between two of them."""
+"""A step of any tokens with attention left to the engine: four GEMMs a layer, and what stands between them."""
 
 from collections.abc import Callable
 
 import torch
-from torch.nn.functional import linear
 
 from hrm_text.kernels.decode import KVCaches
-from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rms, rope_write, swiglu
+from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rope_write
+from hrm_text.kernels.products import Products, products_for
 from hrm_text.model import Block, HrmTextBody
 
 # (slot, q, k, v) -> out: attention over KV slot `slot`, whose cache has k and v; each (tokens, heads, head_dim), and
@@ -40,13 +40,13 @@ class FusedPrefill:
         body = self.body
         stacks = {"L": body.L_module, "H": body.H_module}
         weights = {kind: [weights_of(block) for block in stack.layers] for kind, stack in stacks.items()}
-        z_L = z_L.contiguous()
+        z_L, products = z_L.contiguous(), products_for(len(z_H), z_H.dtype, z_H.device)
         for step in body.stage:
             kind = body.steps[step]
             x, factors = add_rms(z_L, z_H, self.eps)
             for index, layer in enumerate(weights[kind]):
                 slot = body.shape.plan.slot(step, index)
-                self.layer(x, rms(x, self.eps) if index else factors, layer, batch, slot, caches, attend)
+                factors = self.layer(x, factors, layer, products, batch, slot, caches, attend)
             z = norm(x, self.eps)
             z_L, z_H = (z, z_H) if kind == "L" else (z_L, z)
         return z_H
@@ -57,7 +57,8 @@ class FusedPrefill:
         """A pass of a stack of one layer: every kernel of a whole step, to have them compiled and loaded."""
         block, slot = first_layer(self.body)
         x, factors = add_rms(z_L.contiguous(), z_H, self.eps)
-        self.layer(x, factors, weights_of(block), batch, slot, caches, attend)
+        products = products_for(len(x), x.dtype, x.device)
+        self.layer(x, factors, weights_of(block), products, batch, slot, caches, attend)
         return norm(x, self.eps)
 
     def layer(
@@ -65,21 +66,22 @@ class FusedPrefill:
         x: torch.Tensor,
         factors: torch.Tensor,
         weights: Weights,
+        products: Products,
         batch: PrefillBatch,
         slot: int,
         caches: KVCaches,
         attend: Attend,
-    ) -> None:
-        """Changes (tokens, hidden) x, whose norm's factors are given, to what it is behind the layer."""
+    ) -> torch.Tensor:
+        """Changes (tokens, hidden) x to what it is behind the layer; takes its norm's factors, returns the new ones."""
         tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
         gqkv_proj, o_proj, gate_up_proj, down_proj = weights
-        gqkv = linear(x, gqkv_proj)
+        gqkv = products.plain(x, gqkv_proj)
         rope_write(gqkv, factors, batch, *caches(slot))
         _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
         out = attend(slot, q, k, v).view(tokens, heads * head_dim)
         gate_in_place(gqkv, factors, out)
-        x.addmm_(out, o_proj.t())  # in place, for torch copies what it adds to otherwise
-        x.addmm_(swiglu(linear(x, gate_up_proj), rms(x, self.eps)), down_proj.t())
+        factors = products.add(x, out, o_proj, self.eps)
+        return products.add(x, products.swiglu(x, factors, gate_up_proj), down_proj, self.eps)
 
 
 def weights_of(block: Block) -> Weights:

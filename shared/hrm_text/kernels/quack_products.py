@@ -1,0 +1,73 @@
+"""Products of many tokens on Hopper, what follows them in their epilogues: GEMMs of quack, which both engines require.
+
+cuBLAS writes [gate | up], and another kernel reads it all back. Here the thread that has a gate and its up in registers
+writes their SwiGLU, and the one that adds a product to the residual counts the squares for the next norm.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from quack.epilogue.frontend import gemm_epilogue
+from quack.epilogue.math import pexp, unpack
+from quack.epilogue.ops import ColVecLoad, ColVecReduce
+
+from hrm_text.kernels.pointwise import factors_of
+
+# Of tokens and rows; the best of eight at 16,384 tokens of the 1B. In clusters of two, which share what both read.
+TILE: dict[str, Any] = {"tile_M": 128, "tile_N": 192, "cluster_M": 2, "cluster_N": 1, "pingpong": True}
+SWIGLU_TILE: dict[str, Any] = {"tile_M": 128, "tile_N": 128, "cluster_M": 1, "cluster_N": 2, "pingpong": True}
+
+
+def epilogue(**options: Any) -> Callable[[Callable[..., Any]], Any]:
+    """`gemm_epilogue` for a function of this file, under a name of its version.
+
+    Quack keeps machine code on disk, and tells functions of installed packages by their names alone.
+    """
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        function.__qualname__ += "_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        return gemm_epilogue(**options)(function)
+
+    return wrap
+
+
+@epilogue()
+def _plain(acc: Any) -> dict[str, Any]:
+    return {"D": acc}
+
+
+@epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
+def _add(acc: Any, c: Any) -> dict[str, Any]:
+    total = acc + c
+    return {"D": total, "squares": (total, total)}
+
+
+@epilogue(outputs=("out",), ops={"factor": ColVecLoad("factor")}, mode="acc_pair")
+def _swiglu(acc: Any, factor: Any) -> dict[str, Any]:
+    gate, up = unpack(acc * factor)
+    return {"out": gate / (pexp(-gate) + 1.0) * up}
+
+
+class QuackProducts:
+    """`hrm_text.kernels.products.Products` in bfloat16; the first call of each compiles it, for all shapes."""
+
+    def plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
+        _plain.gemm(x, weight, out, None, epi_args={}, **TILE)
+        return out
+
+    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        tokens, width = x.shape
+        # The squares are those of the sum before it is rounded: of 1,536 numbers that is nothing.
+        squares = torch.empty(tokens, -(-width // TILE["tile_N"]), dtype=torch.float32, device=x.device)
+        _add.gemm(a, weight, x, x, epi_args={"squares": squares}, **TILE)
+        return factors_of(squares, width, eps)
+
+    def swiglu(self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(len(x), len(weight) // 2, dtype=x.dtype, device=x.device)
+        operands = {"factor": factors[None], "out": out}
+        _swiglu.gemm(x, weight, None, None, epi_args=operands, concat_layout=("B",), **SWIGLU_TILE)
+        return out
