@@ -7,12 +7,14 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from hrm_text.kernels.products import MANY_TOKENS, products_for, products_of_many
 from hrm_text.oracle import load_reference
 from hrm_vllm.sampler_kernels import top_k_top_p_calls
 from tests.adapters import make_adapter, merged, scaled_adapter
@@ -219,14 +221,21 @@ def test_an_engine_with_every_default(
     options["max_num_seqs"] = 16  # or 2,048 tokens of as many requests as the other engines have are a step's limit
     with Engine(model=checkpoint, on_gpu=True, log=tmp_path / "log", **options) as engine:
         emitted = []
-        for count in (1, 3, 8):  # up to 1,600 tokens in a step
+        for count in (1, 3, 8, 12, 16):  # up to 1,600 tokens in a step, 2,262 in a graph, 3,240 outside
             batch = [Ask(prompt(150 + 7 * seed, seed), (0, 15 + 20 * seed), 8) for seed in range(count)]
             emitted += emitted_by(gpu_reference, engine, batch)
+        assert engine.call(quack_runs) == (find_spec("quack") is not None)
     assert "graphs of steps with prompts: 36, up to 2560 tokens" in (tmp_path / "log").read_text()
     measured, yardstick = Yardstick.of(emitted), yardsticks["bf16"]
     print(f"\ndefaults: {measured}")
     assert measured.mean <= 1.2 * yardstick.mean
     assert measured.largest <= 2 * yardstick.largest
+
+
+def quack_runs(llm: Any) -> bool:
+    """Whether it has products of many tokens."""
+    device = next(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.parameters()).device
+    return products_for(MANY_TOKENS, torch.bfloat16, device) is products_of_many(torch.bfloat16, device)
 
 
 def graph_mode(llm: Any) -> str:
