@@ -131,8 +131,10 @@ def main() -> None:
         what = dict(zip(("SUM", "NORM", "ADD", "BLOCKS"), map(bool, flags), strict=True))
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
     print("factors", compile_kernel(_factors, {"PARTS": 8, "WIDE": 8, "ROWS": 64, "PDL": True}, 4))
-    print("rope", compile_kernel(_rope_write, {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE} | one, 4))
-    print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048} | one, 4))
+    for scale in (True, False):
+        rope = {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE, "SCALE": scale}
+        print("rope", compile_kernel(_rope_write, rope | one, 4))
+        print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048, "SCALE": scale} | one, 4))
     print("swiglu of a prefill", compile_kernel(_swiglu, {"COLUMNS": COLUMNS} | one, 4))
     print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))
 

@@ -101,6 +101,24 @@ def turn(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def test_a_gqkv_that_has_its_factors() -> None:
+    """Is rotated, written and gated the same, and its values stay as they are."""
+    (heads, dim), tokens = (3, 64), 70
+    gqkv, slots = fresh(tokens, 4 * heads * dim, dtype=torch.float32), torch.arange(tokens, device=DEVICE)
+    batch = PrefillBatch(slots, slots, PAGE, torch.randn(300, dim, device=DEVICE))
+    results = []
+    for factors in (torch.ones(tokens, device=DEVICE), None):
+        own, caches, out = (
+            gqkv.clone(),
+            caches_of(tokens // PAGE + 1, heads, dim, torch.float32, True),
+            gqkv[:, : heads * dim],
+        )
+        rope_write(own, factors, batch, *caches)
+        gate_in_place(own, factors, out := out.clone())
+        results.append((own, *caches, out))
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_so(bad: float) -> None:
     a = torch.ones(2, 64, device=DEVICE)

@@ -33,11 +33,14 @@ def test_few_tokens_and_other_types_stay_with_cublas() -> None:
     assert DEVICE == "cuda" or products_of_many(torch.bfloat16, device) is None
 
 
-@pytest.mark.parametrize("wrong", ["plain", "add", "its factors", "swiglu"])
+@pytest.mark.parametrize("wrong", ["scaled", "add", "its factors", "swiglu"])
 def test_products_that_are_wrong_are_refused(wrong: str) -> None:
     class Wrong(CublasProducts):
-        def plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-            return super().plain(x, weight) * (1.02 if wrong == "plain" else 1)
+        def scaled(
+            self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor | None]:
+            product, factors = super().scaled(x, factors, weight)
+            return product, None if wrong == "scaled" else factors
 
         def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
             factors = super().add(x, a, weight, eps)
@@ -74,12 +77,13 @@ def test_quacks_equal_float64(tokens: int) -> None:
     ]
     del poison  # what is allocated next takes its memory
     products = quack()
-    assert close(products.plain(x, gqkv), x.double() @ gqkv.double().t())
     for given, weight in ((a, o), (act, down)):
         expected = x.double() + given.double() @ weight.double().t()
         factors = products.add(x, given, weight, EPS)
         assert close(x, expected) and close(factors, torch.rsqrt(expected.square().mean(-1) + EPS))
     factors = rms(x, EPS)
+    product, left = products.scaled(x, factors, gqkv)
+    assert left is None and close(product, factors.double()[:, None] * (x.double() @ gqkv.double().t()))
     gate, up = (factors.double()[:, None] * (x.double() @ gate_up.double().t())).chunk(2, -1)
     assert close(products.swiglu(x, factors, gate_up), torch.nn.functional.silu(gate) * up)
 
@@ -89,8 +93,8 @@ def test_bad_numbers_come_through_quack() -> None:
     x, weight, products = normal(300, 256), normal(512, 256), quack()
     for bad in (float("nan"), float("inf")):
         x[7, 3] = bad
-        total = normal(300, 512)
-        results = products.plain(x, weight), products.swiglu(x, torch.ones(300, device=DEVICE), weight), total
+        total, ones = normal(300, 512), torch.ones(300, device=DEVICE)
+        results = products.scaled(x, ones, weight)[0], products.swiglu(x, ones, weight), total
         factors = products.add(total, x, weight, EPS)
         for each in results:
             assert not each[7].isfinite().all() and each[:7].isfinite().all() and each[8:].isfinite().all()
@@ -100,13 +104,13 @@ def test_bad_numbers_come_through_quack() -> None:
 @gpu
 def test_quacks_in_a_graph() -> None:
     """Each is launched while the one before it runs, and reads what that one wrote; replays agree to the bit."""
-    x, products = normal(2500, 256), quack()
+    x, ones, products = normal(2500, 256), torch.ones(2500, device=DEVICE), quack()
     weights = [
         normal(rows, width, scale=width**-0.5) for rows, width in ((1024, 256), (256, 1024), (1024, 256), (256, 512))
     ]
 
     def run() -> list[torch.Tensor]:
-        wide, total = products.plain(x, weights[0]), x.clone()
+        wide, total = products.scaled(x, ones, weights[0])[0], x.clone()
         factors = products.add(total, wide, weights[1], EPS)
         act = products.swiglu(total, factors, weights[2])
         return [wide, factors, act, products.add(total, act, weights[3], EPS), total]

@@ -59,7 +59,7 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
     block, slot = first_layer(body)
     given = in_blocks(x) if own.staged(size) else x
-    return norm_add(own.block(given, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[1]
+    return norm_add(own.block(given, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[0]
 
 
 def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:

@@ -165,7 +165,8 @@ def norm_add(x: torch.Tensor, other: torch.Tensor, eps: float) -> tuple[torch.Te
 def _rope_write(
     gqkv_ptr, factors_ptr, positions_ptr, write_slots_ptr, cos_sin_ptr, k_cache_ptr, v_cache_ptr, tokens, heads,
     k_page_stride, k_token_stride, k_head_stride, v_page_stride, v_token_stride, v_head_stride,
-    PAGE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    PAGE: tl.constexpr, HALF: tl.constexpr, HEADS: tl.constexpr, SCALE: tl.constexpr,
+    ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -180,7 +181,9 @@ def _rope_write(
     q_ptr = gqkv_ptr + token[:, None, None] * 4 * width + width + inside
     k_ptr = q_ptr + width
     v_ptr = k_ptr + width
-    factor = tl.load(factors_ptr + token, mask=there, other=0.0)[:, None, None]
+    factor = 1.0
+    if SCALE:
+        factor = tl.load(factors_ptr + token, mask=there, other=0.0)[:, None, None]
     position = tl.load(positions_ptr + token, mask=there, other=0).to(tl.int64)
     table = cos_sin_ptr + position[:, None] * 2 * HALF + lane[None, :]
     cos = tl.load(table).to(tl.float32)[:, None, :]
@@ -197,8 +200,9 @@ def _rope_write(
     v_second = (tl.load(v_ptr + HALF, mask=mask, other=0.0).to(tl.float32) * factor).to(gqkv_ptr.dtype.element_ty)
     tl.store(k_ptr, k_first, mask=mask)
     tl.store(k_ptr + HALF, k_second, mask=mask)
-    tl.store(v_ptr, v_first, mask=mask)
-    tl.store(v_ptr + HALF, v_second, mask=mask)
+    if SCALE:
+        tl.store(v_ptr, v_first, mask=mask)
+        tl.store(v_ptr + HALF, v_second, mask=mask)
     slot = tl.load(write_slots_ptr + token, mask=there, other=-1).to(tl.int64)
     mask = mask & (slot >= 0)[:, None, None]
     page, place = (slot // PAGE)[:, None, None], (slot % PAGE)[:, None, None]
@@ -213,13 +217,13 @@ def _rope_write(
 
 
 def rope_write(
-    gqkv: torch.Tensor, factors: torch.Tensor, batch: PrefillBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
+    gqkv: torch.Tensor, factors: torch.Tensor | None, batch: PrefillBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
 ) -> None:
     """q, k and v as attention reads them: with the norm's factor, rotated in place, and k and v in the cache as well.
 
     Args:
         gqkv: (tokens, 4 * heads * head_dim), [gate | q | k | v] of the x that was not normed; the gate stays as it is.
-        factors: (tokens,) float32, of the norm.
+        factors: (tokens,) float32, of the norm; None where `gqkv` has it.
         batch: of these tokens.
         k_cache, v_cache: (pages, page_size, heads, head_dim), any strides but the last, which is 1.
     """
@@ -228,14 +232,15 @@ def rope_write(
     _rope_write[grid](
         gqkv, factors, batch.positions, batch.write_slots, batch.cos_sin, k_cache, v_cache, len(gqkv), heads,
         *k_cache.stride()[:3], *v_cache.stride()[:3],
-        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=HEADS, **options(gqkv.device),
+        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=HEADS, SCALE=factors is not None,
+        **options(gqkv.device),
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
 def _gate(
     gqkv_ptr, factors_ptr, out_ptr, tokens,
-    WIDTH: tl.constexpr, WIDE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr, SCALE: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -245,16 +250,25 @@ def _gate(
     mask = (token < tokens)[:, None] & (column < WIDTH)[None, :]
     at = token[:, None] * WIDTH + column[None, :]
     gate = tl.load(gqkv_ptr + token[:, None] * 4 * WIDTH + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(gate * tl.load(factors_ptr + token, mask=token < tokens, other=0.0)[:, None])
+    if SCALE:
+        gate *= tl.load(factors_ptr + token, mask=token < tokens, other=0.0)[:, None]
+    gate = tl.sigmoid(gate)
     out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, (out * gate).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def gate_in_place(gqkv: torch.Tensor, factors: torch.Tensor, out: torch.Tensor) -> None:
-    """Multiply attention's `out`, (tokens, heads * head_dim), by the sigmoid of the gates in `gqkv`."""
+def gate_in_place(gqkv: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> None:
+    """Multiply attention's `out`, (tokens, heads * head_dim), by the sigmoid of the gates; the rest as `rope_write` has it."""
     tokens, width = out.shape
     _gate[(triton.cdiv(tokens, rows_of(out.device)),)](
-        gqkv, factors, out, tokens, WIDTH=width, WIDE=triton.next_power_of_2(width), **options(out.device)
+        gqkv,
+        factors,
+        out,
+        tokens,
+        WIDTH=width,
+        WIDE=triton.next_power_of_2(width),
+        SCALE=factors is not None,
+        **options(out.device),
     )
 
 

@@ -75,13 +75,13 @@ class FusedPrefill:
         """Changes (tokens, hidden) x to what it is behind the layer; takes its norm's factors, returns the new ones."""
         tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
         gqkv_proj, o_proj, gate_up_proj, down_proj = weights
-        gqkv = products.plain(x, gqkv_proj)
+        gqkv, factors = products.scaled(x, factors, gqkv_proj)
         rope_write(gqkv, factors, batch, *caches(slot))
         _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
         out = attend(slot, q, k, v).view(tokens, heads * head_dim)
         gate_in_place(gqkv, factors, out)
-        factors = products.add(x, out, o_proj, self.eps)
-        return products.add(x, products.swiglu(x, factors, gate_up_proj), down_proj, self.eps)
+        act = products.swiglu(x, products.add(x, out, o_proj, self.eps), gate_up_proj)
+        return products.add(x, act, down_proj, self.eps)
 
 
 def weights_of(block: Block) -> Weights:

@@ -5,12 +5,14 @@ Those of many tokens are quack's, where it is installed (`quack_products.py`), w
 
 import functools
 import logging
+from concurrent.futures import Future, ThreadPoolExecutor
+from threading import Lock
 from typing import Protocol
 
 import torch
 from torch.nn.functional import linear
 
-from hrm_text.kernels.launch import capability
+from hrm_text.kernels.launch import capability, why_off
 from hrm_text.kernels.pointwise import rms, swiglu
 
 # On an H200 a layer's four products take quack and cuBLAS: 214 and 229 us of 2,048 tokens, 130 and 114 of 1,024.
@@ -21,8 +23,10 @@ logger = logging.getLogger(__name__)
 class Products(Protocol):
     """Weights are (rows, columns), contiguous, as is every x."""
 
-    def plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """(tokens, rows) W x."""
+    def scaled(
+        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """(tokens, rows) W x, and the (tokens,) factors that it still lacks; None where it has them."""
 
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """Add W a to (tokens, rows) x in place, and return the (tokens,) float32 RMSNorm factors of the sum."""
@@ -34,8 +38,10 @@ class Products(Protocol):
 class CublasProducts:
     """Of any number of tokens."""
 
-    def plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return linear(x, weight)
+    def scaled(
+        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        return linear(x, weight), factors
 
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         x.addmm_(a, weight.t())  # in place, for torch copies what it adds to otherwise
@@ -51,16 +57,38 @@ def products_for(tokens: int, dtype: torch.dtype, device: torch.device) -> Produ
     return many or CublasProducts()
 
 
-@functools.cache
 def products_of_many(dtype: torch.dtype, device: torch.device) -> Products | None:
     """Quack's, compiled and tried; None where they do not run. The first call must come before a capture."""
-    if dtype != torch.bfloat16 or capability(device) != 9:
+    begun = begin(dtype, device)
+    return None if begun is None else begun.result()
+
+
+def begin(dtype: torch.dtype, device: torch.device) -> "Future[Products | None] | None":
+    """Have a thread import and compile what `products_of_many` waits for; None where nothing is to come of it.
+
+    Nobody may capture a CUDA graph before it has ended: it allocates memory.
+    """
+    if dtype != torch.bfloat16 or capability(device) != 9 or why_off(device) is not None:
         return None
+    with _one_at_a_time:
+        return _begun(torch.cuda.current_device() if device.index is None else device.index)
+
+
+_one_at_a_time = Lock()
+
+
+@functools.cache
+def _begun(index: int) -> "Future[Products | None]":
+    return ThreadPoolExecutor(1, "quack").submit(_prepared, torch.device("cuda", index))
+
+
+def _prepared(device: torch.device) -> Products | None:
     try:
         from hrm_text.kernels.quack_products import QuackProducts
 
         products = QuackProducts()
-        try_out(products, device)
+        with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.inference_mode():
+            try_out(products, device)
     except Exception as error:  # whatever a compiler of another version raises
         logger.warning("HRM-Text: products of %d tokens and more run on cuBLAS, not on quack: %r", MANY_TOKENS, error)
         return None
@@ -84,8 +112,10 @@ def try_out(products: Products, device: torch.device) -> None:
     for each in (products, reference):
         total = out.clone()
         norms = each.add(total, x, weight, 1e-6)
-        found.append((each.plain(x, weight), total, norms, each.swiglu(x, factors, weight)))
-    for name, mine, expected in zip(("plain", "add", "its factors", "swiglu"), *found, strict=True):
+        product, left = each.scaled(x, factors, weight)
+        product = product if left is None else product * left[:, None]
+        found.append((product, total, norms, each.swiglu(x, factors, weight)))
+    for name, mine, expected in zip(("scaled", "add", "its factors", "swiglu"), *found, strict=True):
         error = float((mine.float() - expected.float()).norm() / expected.float().norm())
         if not error <= 1e-2:
             raise RuntimeError(f"{name}: off by {error:.3g}, relative to the whole")

@@ -34,9 +34,9 @@ def epilogue(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return wrap
 
 
-@epilogue()
-def _plain(acc: Any) -> dict[str, Any]:
-    return {"D": acc}
+@epilogue(ops={"factor": ColVecLoad("factor")})
+def _scaled(acc: Any, factor: Any) -> dict[str, Any]:
+    return {"D": acc * factor}
 
 
 @epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
@@ -54,10 +54,10 @@ def _swiglu(acc: Any, factor: Any) -> dict[str, Any]:
 class QuackProducts:
     """`hrm_text.kernels.products.Products` in bfloat16; the first call of each compiles it, for all shapes."""
 
-    def plain(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def scaled(self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
         out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-        _plain.gemm(x, weight, out, None, epi_args={}, **TILE)
-        return out
+        _scaled.gemm(x, weight, out, None, epi_args={"factor": factors[None]}, **TILE)
+        return out, None
 
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         tokens, width = x.shape
