@@ -258,7 +258,7 @@ def _gate(
 
 
 def gate_in_place(gqkv: torch.Tensor, factors: torch.Tensor | None, out: torch.Tensor) -> None:
-    """Multiply attention's `out`, (tokens, heads * head_dim), by the sigmoid of the gates; the rest as `rope_write` has it."""
+    """Multiply attention's `out`, (tokens, heads * head_dim), by the sigmoid of the gates; `factors` as above."""
     tokens, width = out.shape
     _gate[(triton.cdiv(tokens, rows_of(out.device)),)](
         gqkv,
