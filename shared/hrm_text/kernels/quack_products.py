@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quack.activation import swiglu
 from quack.epilogue.frontend import gemm_epilogue
-from quack.epilogue.math import pexp, unpack
+from quack.epilogue.math import unpack
 from quack.epilogue.ops import ColVecLoad, ColVecReduce
 
 from hrm_text.kernels.pointwise import factors_of
@@ -48,7 +49,7 @@ def _add(acc: Any, c: Any) -> dict[str, Any]:
 @epilogue(outputs=("out",), ops={"factor": ColVecLoad("factor")}, mode="acc_pair")
 def _swiglu(acc: Any, factor: Any) -> dict[str, Any]:
     gate, up = unpack(acc * factor)
-    return {"out": gate / (pexp(-gate) + 1.0) * up}
+    return {"out": swiglu(gate, up)}
 
 
 class QuackProducts:
