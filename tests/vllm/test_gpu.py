@@ -222,7 +222,7 @@ def test_an_engine_with_every_default(
     with Engine(model=checkpoint, on_gpu=True, log=tmp_path / "log", **options) as engine:
         emitted = []
         for count in (1, 3, 8, 12, 16):  # up to 1,600 tokens in a step, 2,262 in a graph, 3,240 outside
-            batch = [Ask(prompt(150 + 7 * seed, seed), (0, 15 + 20 * seed), 8) for seed in range(count)]
+            batch = [Ask(prompt(150 + 7 * seed, seed), (0, 15 + 12 * seed), 8) for seed in range(count)]
             emitted += emitted_by(gpu_reference, engine, batch)
         assert engine.call(quack_runs) == (find_spec("quack") is not None)
     assert "graphs of steps with prompts: 36, up to 2560 tokens" in (tmp_path / "log").read_text()
