@@ -1,6 +1,7 @@
 """Decode steps on the fused kernels, with SGLang's KV pool and block tables in the form that they take."""
 
 import logging
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -10,6 +11,7 @@ from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.choice import choose
 from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.launch import check_option
+from hrm_text.kernels.products import products_of_many
 from hrm_text.model import HrmTextBody
 
 logger = logging.getLogger("sglang.srt.hrm_sglang")
@@ -65,7 +67,8 @@ class Decoder:
         batch = DecodeBatch(positions, slots, table, row_starts, lengths, 1, self.cos_sin())
         if not self._compiled:  # with graphs that is the largest of them
             self._compiled = True
-            compile_ahead(fused, batch, self.caches, len(positions))
+            many = partial(products_of_many, next(self.body.parameters()).dtype, z_H.device)
+            compile_ahead(fused, batch, self.caches, len(positions), [many])
         return fused(z_H, z_L, batch, self.caches)
 
 

@@ -5,18 +5,16 @@ its FULL graphs around the whole model, and the tensors of their metadata are th
 PIECEWISE graphs, and the dry runs that warm them up, stay with vLLM's own layers.
 """
 
-from concurrent.futures import Future
 from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import envs
-from vllm.config import CompilationMode, CUDAGraphMode, VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
-from vllm.platforms import current_platform
 
 from hrm_text.kernels.choice import choose
-from hrm_text.kernels.launch import check_option, why_off
+from hrm_text.kernels.launch import check_option
 from hrm_text.model import HrmTextBody
 
 if TYPE_CHECKING:
@@ -48,7 +46,6 @@ class Decoder:
         self.fused: FusedDecode | None = None
         self._config = config
         self._decided = self._compiled = False
-        self._background = begin_products(config)
 
     def recur(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor | None:
         """z_H after the last step; None where vLLM's own layers have to run the batch."""
@@ -98,8 +95,6 @@ class Decoder:
         if self._decided:
             return
         self._decided = True
-        if self._background is not None:
-            self._background.result()  # before anything is captured
         dtype = self._config.model_config.dtype
         reason = why_not(self._config, list(self.layers.values()), dtype)
         self.fused = choose(self.body, dtype, device, "vLLM", reason, logger)
@@ -116,18 +111,6 @@ class Decoder:
         cache = self.layers[slot].kv_cache
         k, v = cache.transpose(1, 2).split(self.body.shape.head_dim, dim=-1)
         return k, v
-
-
-def begin_products(config: VllmConfig) -> "Future[Any] | None":
-    """What prompts' products take to import and compile, while weights are loaded, where steps will run on them."""
-    if config.compilation_config.mode != CompilationMode.NONE or why_not_config(config) is not None:
-        return None
-    device = torch.device(current_platform.device_type)
-    if why_off(device) is not None:
-        return None
-    from hrm_text.kernels.products import begin
-
-    return begin(config.model_config.dtype, device)
 
 
 def why_not(config: VllmConfig, layers: list[Any], dtype: torch.dtype) -> str | None:

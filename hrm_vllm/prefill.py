@@ -9,14 +9,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 from vllm.config import CompilationMode, VllmConfig
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 
-from hrm_vllm.decode import Decoder
+from hrm_text.kernels.launch import why_off
+from hrm_vllm.decode import Decoder, why_not_config
 
 if TYPE_CHECKING:
     from hrm_text.kernels.prefill import FusedPrefill
     from hrm_text.kernels.prefill_graphs import PrefillGraphs
 
 logger = init_logger("vllm.hrm_vllm")
+
+
+def prepare_many_tokens(config: VllmConfig) -> None:
+    """Have quack imported and compiled in the background, where steps of many tokens will run on it.
+
+    For an engine whose graphs are captured. It takes some seconds, which no start should wait for; a first step of many
+    tokens waits for what is left of them.
+    """
+    alone = config.parallel_config.world_size == 1  # the model is in this process
+    if alone and config.compilation_config.mode == CompilationMode.NONE and why_not_config(config) is None:
+        device = torch.device(current_platform.device_type)
+        if why_off(device) is None:
+            from hrm_text.kernels.products import begin
+
+            begin(config.model_config.dtype, device)
 
 
 class Prefiller:

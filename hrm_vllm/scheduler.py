@@ -8,6 +8,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request, RequestStatus
 
 from hrm_text.spans import SPANS_OPTION, chunk_end
+from hrm_vllm.prefill import prepare_many_tokens
 from hrm_vllm.prefix_cache import spans_and_digests
 
 
@@ -50,6 +51,10 @@ def span_aligned(base: type[Scheduler]) -> type[Scheduler]:
 
 
 def make_scheduler(*args: Any, vllm_config: Any, **kwargs: Any) -> Scheduler:
-    """`scheduler_cls` factory: keeps vLLM's choice between the sync and the async scheduler."""
+    """`scheduler_cls` factory: keeps vLLM's choice between the sync and the async scheduler.
+
+    It is made when the model is ready to serve, so what can wait until then begins here.
+    """
+    prepare_many_tokens(vllm_config)
     base = AsyncScheduler if vllm_config.scheduler_config.async_scheduling else Scheduler
     return span_aligned(base)(*args, vllm_config=vllm_config, **kwargs)

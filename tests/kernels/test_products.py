@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hrm_text.kernels.pointwise import factors_of, rms
+from hrm_text.kernels.prefill_graphs import SIZES
 from hrm_text.kernels.products import MANY_TOKENS, CublasProducts, Products, products_for, products_of_many, try_out
 from tests.kernels.conftest import DEVICE
 
@@ -24,6 +25,10 @@ def test_factors_of_parts_of_squares() -> None:
     x = torch.randn(130, 96, device=DEVICE)
     parts = x.square().view(130, 3, 32).sum(-1)
     torch.testing.assert_close(factors_of(parts, 96, EPS), rms(x, EPS), rtol=1e-6, atol=0)
+
+
+def test_no_graph_has_quacks() -> None:
+    assert max(SIZES) < MANY_TOKENS
 
 
 def test_few_tokens_and_other_types_stay_with_cublas() -> None:

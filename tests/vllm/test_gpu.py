@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from hrm_text.kernels.products import MANY_TOKENS, products_for, products_of_many
+from hrm_text.kernels import products
 from hrm_text.oracle import load_reference
 from hrm_vllm.sampler_kernels import top_k_top_p_calls
 from tests.adapters import make_adapter, merged, scaled_adapter
@@ -220,11 +220,12 @@ def test_an_engine_with_every_default(
     options: dict[str, Any] = {"enforce_eager": False, "dtype": "bfloat16", "gpu_memory_utilization": 0.2}
     options["max_num_seqs"] = 16  # or 2,048 tokens of as many requests as the other engines have are a step's limit
     with Engine(model=checkpoint, on_gpu=True, log=tmp_path / "log", **options) as engine:
-        emitted = []
+        emitted, quack = [], find_spec("quack") is not None
+        assert engine.call(quack_begun)
         for count in (1, 3, 8, 12, 16):  # up to 1,600 tokens in a step, 2,262 in a graph, 3,240 outside
             batch = [Ask(prompt(150 + 7 * seed, seed), (0, 15 + 12 * seed), 8) for seed in range(count)]
             emitted += emitted_by(gpu_reference, engine, batch)
-        assert engine.call(quack_runs) == (find_spec("quack") is not None)
+        assert engine.call(quack_runs) == quack
     assert "graphs of steps with prompts: 36, up to 2560 tokens" in (tmp_path / "log").read_text()
     measured, yardstick = Yardstick.of(emitted), yardsticks["bf16"]
     print(f"\ndefaults: {measured}")
@@ -232,10 +233,16 @@ def test_an_engine_with_every_default(
     assert measured.largest <= 2 * yardstick.largest
 
 
+def quack_begun(_: Any) -> bool:
+    """Whether it is prepared before anybody has asked for it."""
+    return products._begun.cache_info().currsize == 1
+
+
 def quack_runs(llm: Any) -> bool:
     """Whether it has products of many tokens."""
     device = next(llm.llm_engine.model_executor.driver_worker.worker.model_runner.model.parameters()).device
-    return products_for(MANY_TOKENS, torch.bfloat16, device) is products_of_many(torch.bfloat16, device)
+    many = products.products_of_many(torch.bfloat16, device)
+    return many is not None and products.products_for(products.MANY_TOKENS, torch.bfloat16, device) is many
 
 
 def graph_mode(llm: Any) -> str:

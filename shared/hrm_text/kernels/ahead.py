@@ -9,9 +9,9 @@ import torch
 
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
-from hrm_text.kernels.pointwise import PrefillBatch, norm_add
+from hrm_text.kernels.pointwise import PrefillBatch, factors_of, gate_in_place, norm_add, rope_write
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
-from hrm_text.kernels.products import MANY_TOKENS
+from hrm_text.kernels.products import ADD_COLUMNS
 from hrm_text.kernels.staged import in_blocks
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
@@ -42,8 +42,7 @@ def compile_ahead(
         with torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)), torch.inference_mode():
             job()
 
-    jobs: list[Callable[[], object]] = [partial(run_empty_prefill, fused, batch, caches, MANY_TOKENS), *others]
-    jobs += [partial(run_empty_prefill, fused, batch, caches, 16)]
+    jobs: list[Callable[[], object]] = [*others, partial(run_empty_prefill, fused, batch, caches)]
     jobs += [partial(run_empty, fused, batch, caches, size) for size in {min(size, most) for size in (*SIZES, most)}]
     torch.cuda.synchronize(device)  # these streams wait for nobody
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
@@ -62,13 +61,17 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     return norm_add(own.block(given, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[0]
 
 
-def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:
-    """What a step with prompts has around its attention, for padding."""
-    body, empty = fused.body, empty_batch(batch, size)
+def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
+    """What a step with prompts has around its attention, for padding, few tokens' and many's."""
+    body, size = fused.body, 16
+    shape, empty = body.shape, empty_batch(batch, size)
     padding = PrefillBatch(empty.positions, empty.write_slots, empty.page_size, empty.cos_sin)
-    zeros = torch.zeros(
-        size, body.shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device
-    )
+    zeros = torch.zeros(size, shape.hidden_size, dtype=next(body.parameters()).dtype, device=batch.positions.device)
+    gqkv = zeros.new_zeros(size, 4 * shape.num_heads * shape.head_dim)
+    rope_write(gqkv, None, padding, *caches(first_layer(body)[1]))
+    gate_in_place(gqkv, None, zeros.new_zeros(size, gqkv.shape[1] // 4))
+    squares = zeros.new_zeros(size, -(-shape.hidden_size // ADD_COLUMNS), dtype=torch.float32)
+    factors_of(squares, shape.hidden_size, shape.rms_norm_eps)
     return FusedPrefill(body).one_layer(zeros, zeros, padding, caches, lambda slot, q, k, v: q.contiguous())
 
 

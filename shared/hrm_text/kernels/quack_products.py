@@ -16,6 +16,7 @@ from quack.epilogue.math import unpack
 from quack.epilogue.ops import ColVecLoad, ColVecReduce
 
 from hrm_text.kernels.pointwise import factors_of
+from hrm_text.kernels.products import ADD_COLUMNS
 
 
 def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> dict[str, Any]:
@@ -25,8 +26,8 @@ def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> di
 
 
 # The fastest at 16,384 tokens of the 1B.
-SCALED_TILE = tile(128, 192, True, (2, 1))
-ADD_TILE = tile(128, 192, True, (2, 1))
+SCALED_TILE = tile(128, 160, True, (2, 1))
+ADD_TILE = tile(128, ADD_COLUMNS, True, (1, 2))
 SWIGLU_TILE = tile(128, 128, True, (1, 2))
 
 
@@ -71,7 +72,7 @@ class QuackProducts:
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         tokens, width = x.shape
         # The squares are those of the sum before it is rounded: of 1,536 numbers that is nothing.
-        squares = torch.empty(tokens, -(-width // ADD_TILE["tile_N"]), dtype=torch.float32, device=x.device)
+        squares = torch.empty(tokens, -(-width // ADD_COLUMNS), dtype=torch.float32, device=x.device)
         _add.gemm(a, weight, x, x, epi_args={"squares": squares}, **ADD_TILE)
         return factors_of(squares, width, eps)
 
