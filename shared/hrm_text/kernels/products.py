@@ -15,8 +15,8 @@ from torch.nn.functional import linear
 from hrm_text.kernels.launch import capability, why_off
 from hrm_text.kernels.pointwise import rms, swiglu
 
-# More than graphs have (`prefill_graphs.SIZES`), so that none is captured while quack is still compiled. On an H200 a
-# layer's four products take quack and cuBLAS 398 and 437 us of 4,096 tokens, 214 and 229 of 2,048, 130 and 114 of 1,024.
+# More than graphs have (`prefill_graphs.SIZES`), so that none is captured while quack is still compiled. A layer's four
+# products take quack and cuBLAS 398 and 437 us of 4,096 tokens on an H200, 214 and 229 of 2,048, 130 and 114 of 1,024.
 MANY_TOKENS = 2561
 ADD_COLUMNS = 192  # of a tile of quack's `add`, which leaves the sum of their squares
 logger = logging.getLogger(__name__)
