@@ -232,8 +232,7 @@ def rope_write(
     _rope_write[grid](
         gqkv, factors, batch.positions, batch.write_slots, batch.cos_sin, k_cache, v_cache, len(gqkv), heads,
         *k_cache.stride()[:3], *v_cache.stride()[:3],
-        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=HEADS, SCALE=factors is not None,
-        **options(gqkv.device),
+        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=HEADS, SCALE=factors is not None, **options(gqkv.device),
     )  # fmt: skip
 
 
@@ -261,15 +260,9 @@ def gate_in_place(gqkv: torch.Tensor, factors: torch.Tensor | None, out: torch.T
     """Multiply attention's `out`, (tokens, heads * head_dim), by the sigmoid of the gates; `factors` as above."""
     tokens, width = out.shape
     _gate[(triton.cdiv(tokens, rows_of(out.device)),)](
-        gqkv,
-        factors,
-        out,
-        tokens,
-        WIDTH=width,
-        WIDE=triton.next_power_of_2(width),
-        SCALE=factors is not None,
-        **options(out.device),
-    )
+        gqkv, factors, out, tokens,
+        WIDTH=width, WIDE=triton.next_power_of_2(width), SCALE=factors is not None, **options(out.device),
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["tokens"])
