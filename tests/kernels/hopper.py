@@ -3,11 +3,13 @@
 The interpreter lets pass what the compiler refuses (a variable with two shapes, say).
 """
 
+import os
 import re
 import subprocess
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import triton
@@ -75,6 +77,30 @@ def registers_and_stack(code: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def compile_quack() -> None:
+    """Its products, where it is installed; launches are left out, and what the driver would be asked is made up."""
+    os.environ |= {"CUTE_DSL_ARCH": "sm_90a", "QUACK_ARCH": "90"}  # read when it is imported
+    try:
+        from cutlass.utils import HardwareInfo
+        from quack.epilogue.frontend import EpiMod
+
+        from hrm_text.kernels import quack_products
+    except ImportError as error:
+        print("quack:", error)
+        return
+    x, out, factors = torch.zeros(300, 256).bfloat16(), torch.zeros(300, 512).bfloat16(), torch.ones(300)
+    weight, products, gemm = torch.zeros(512, 256).bfloat16(), quack_products.QuackProducts(), EpiMod.gemm
+    with (
+        patch.object(HardwareInfo, "__init__", lambda *_: None),
+        patch.object(HardwareInfo, "get_max_active_clusters", lambda *_, **__: 66),
+        patch.object(EpiMod, "gemm", lambda *args, **options: gemm(*args, **options, _launch=False)),
+        patch.object(quack_products, "factors_of", lambda squares, *_: squares),
+    ):
+        print("quack scaled", products.scaled(x, factors, weight)[0].shape)
+        print("quack add", products.add(out, x, weight, 1e-6).shape)
+        print("quack swiglu", products.swiglu(x, factors, weight).shape)
+
+
 def main() -> None:
     """Compile them all and print what shared memory each takes."""
     for rows, width, norm, swiglu, residual in (
@@ -136,6 +162,7 @@ def main() -> None:
         print("rope", compile_kernel(_rope_write, rope | one, 4))
         print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048, "SCALE": scale} | one, 4))
     print("swiglu of a prefill", compile_kernel(_swiglu, {"COLUMNS": COLUMNS} | one, 4))
+    compile_quack()
     print("swiglu", compile_kernel(_scaled_swiglu, {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCK": 1024, "PDL": True}, 4))
 
 
