@@ -261,6 +261,34 @@ def reasons(llm: Any) -> dict[str, str | None]:
     return found
 
 
+def test_what_is_prepared_in_the_background(engine: Engine) -> None:
+    """Products of many tokens, only where steps will run on them and the model is in this process."""
+    assert engine.call(prepared) == {"as it runs": 1, "LoRA": 0, "compiled": 0, "two GPUs": 0}
+
+
+def prepared(llm: Any) -> dict[str, int]:
+    """How often it begins, for this engine's scheduler and with one thing changed."""
+    from unittest.mock import patch
+
+    from vllm.config import CompilationMode
+
+    from hrm_vllm.prefill import prepare_many_tokens
+
+    config = runner_of(llm).vllm_config
+    changes: dict[str, Any] = {
+        "as it runs": contextlib.nullcontext(),
+        "LoRA": patch.object(config, "lora_config", object()),
+        "compiled": patch.object(config.compilation_config, "mode", CompilationMode.VLLM_COMPILE),
+        "two GPUs": patch.object(config.parallel_config, "world_size", 2),
+    }
+    found = {}
+    for name, change in changes.items():
+        with change, patch("hrm_text.kernels.products.begin") as begin:
+            prepare_many_tokens(config)
+        found[name] = begin.call_count
+    return found
+
+
 def test_a_backend_that_they_do_not_know(tiny: str, reference: Any, tmp_path: Path) -> None:
     """The CPU's own: the engine says so once, and serves as without them."""
     log = tmp_path / "log"
