@@ -67,7 +67,7 @@ class Decoder:
         batch = DecodeBatch(positions, slots, table, row_starts, lengths, 1, self.cos_sin())
         if not self._compiled:  # with graphs that is the largest of them
             self._compiled = True
-            many = partial(products_of_many, next(self.body.parameters()).dtype, z_H.device)
+            many = partial(products_of_many, z_H.dtype, z_H.device)
             compile_ahead(fused, batch, self.caches, len(positions), [many])
         return fused(z_H, z_L, batch, self.caches)
 

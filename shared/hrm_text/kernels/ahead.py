@@ -12,7 +12,6 @@ from hrm_text.kernels.decode import FusedDecode, KVCaches
 from hrm_text.kernels.pointwise import PrefillBatch, factors_of, gate_in_place, norm_add, rope_write
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
 from hrm_text.kernels.products import ADD_COLUMNS
-from hrm_text.kernels.staged import in_blocks
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
@@ -57,8 +56,7 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     own = FusedDecode(body, device)
     x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
     block, slot = first_layer(body)
-    given = in_blocks(x) if own.staged(size) else x
-    return norm_add(own.block(given, block, empty_batch(batch, size), *caches(slot)), x, own.eps)[0]
+    return norm_add(own.block(own.laid_out(x), block, empty_batch(batch, size), *caches(slot)), x, own.eps)[0]
 
 
 def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:

@@ -23,6 +23,7 @@ from hrm_text.kernels.attention_parts import (
 )
 from hrm_text.kernels.launch import dependent_launch, launch_options
 from hrm_text.kernels.nvrtc import carve_out
+from hrm_text.kernels.pointwise import in_blocks_at
 from hrm_text.kernels.staged import room_for
 
 MAX_SPLITS = 32
@@ -72,12 +73,12 @@ def _attend(q, k, v, inside, peak, total, mixed):
 
 @triton.jit
 def _store(out, request, requests, column, value, WIDTH: tl.constexpr, COPIES: tl.constexpr):
-    """A head's output: in a row, or copies of it in blocks of 32 columns (`staged.in_blocks`)."""
+    """A head's output: in a row, or copies of it in blocks (`staged.in_blocks`)."""
     value = value.to(out.dtype.element_ty)
     if COPIES == 0:
         tl.store(out + request * WIDTH + column, value)
     for copy in tl.static_range(COPIES):
-        tl.store(out + copy * requests * WIDTH + (column // 32 * requests + request) * 32 + column % 32, value)
+        tl.store(out + copy * requests * WIDTH + in_blocks_at(request, requests, column), value)
 
 
 @triton.jit

@@ -67,7 +67,7 @@ class FusedDecode:
             caches: (k_cache, v_cache) of a KV slot, as `DecodeAttention` takes them.
         """
         body, z_L = self.body, z_L.contiguous()
-        x = in_blocks(z_L + z_H) if self.staged(len(z_H)) else z_L + z_H
+        x = self.laid_out(z_L + z_H)
         for step in body.stage:
             kind = body.steps[step]
             stack = body.L_module if kind == "L" else body.H_module
@@ -84,10 +84,14 @@ class FusedDecode:
         """Whether the projections of so few tokens run on `staged_linear`."""
         return tokens <= staged.MAX_TOKENS and self.why_not_staged is None
 
+    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, hidden) x as `block` takes it: in blocks for staged projections."""
+        return in_blocks(x) if self.staged(len(x)) else x
+
     def block(
         self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> torch.Tensor:
-        """A layer call: (tokens, hidden), or x as staged projections have it, to the same, with its KV slot's cache."""
+        """A layer call: x, as `laid_out` has it, to the same, with the cache of its KV slot."""
         attention, mlp = block.self_attn, block.mlp
         tokens = x.shape[-2]
         if self.staged(tokens):

@@ -12,7 +12,9 @@ import triton
 import triton.language as tl
 
 from hrm_text.kernels.launch import dependent_launch, launch_options
+from hrm_text.kernels.staged import BLOCK
 
+COLUMNS_TOGETHER = tl.constexpr(BLOCK)  # a name that kernels may read
 HEADS = 4  # of a token in one program: 3 KiB to read
 COLUMNS = 2048  # of SwiGLU in one program
 
@@ -44,6 +46,12 @@ def options(device: torch.device) -> dict[str, Any]:
     return {"ROWS": rows_of(device), "PDL": dependent_launch(device), "num_warps": 4, **launch_options(device)}
 
 
+@triton.jit
+def in_blocks_at(token, tokens, column):
+    """Where a number of (tokens, columns) lies in `staged.in_blocks` of it."""
+    return (column // COLUMNS_TOGETHER * tokens + token) * COLUMNS_TOGETHER + column % COLUMNS_TOGETHER
+
+
 @triton.jit(do_not_specialize=["tokens"])
 def _rms(
     x_ptr, other_ptr, out_ptr, factors_ptr, sum_ptr, tokens, eps,
@@ -59,7 +67,7 @@ def _rms(
     at = token[:, None] * HIDDEN + column[None, :]
     inner = at  # where x and its sum lie
     if BLOCKS:
-        inner = (column // 32)[None, :] * tokens * 32 + token[:, None] * 32 + (column % 32)[None, :]
+        inner = in_blocks_at(token[:, None], tokens, column[None, :])
     x = tl.load(x_ptr + inner, mask=mask, other=0.0).to(tl.float32)
     if SUM or ADD:
         other = tl.load(other_ptr + at, mask=mask, other=0.0).to(tl.float32)
@@ -88,12 +96,11 @@ def _launch_rms(
     behind: torch.Tensor | None = None,
 ) -> None:
     """Factors of x, or of x + other in `out`; without `factors` the norm in `out`, and its sum with other `behind`."""
-    (tokens, hidden), blocks = x.shape[-2:], x.ndim == 4
-    hidden *= x.shape[1] if blocks else 1
+    tokens, hidden = (x if out is None else out).shape
     pointers = [x if each is None else each for each in (other, out, factors, behind)]
     _rms[(triton.cdiv(tokens, rows_of(x.device)),)](
         x, *pointers, tokens, eps, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
-        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None, BLOCKS=blocks,
+        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None, BLOCKS=x.ndim == 4,
         **options(x.device),
     )  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch.nn.functional import linear
 
-from hrm_text.kernels.launch import capability, why_off
+from hrm_text.kernels.launch import capability
 from hrm_text.kernels.pointwise import rms, swiglu
 
 # More than graphs have (`prefill_graphs.SIZES`), so that none is captured while quack is still compiled. A layer's four
@@ -70,7 +70,7 @@ def begin(dtype: torch.dtype, device: torch.device) -> "Future[Products | None] 
 
     Nobody may capture a CUDA graph before it has ended, for it allocates memory.
     """
-    if dtype != torch.bfloat16 or capability(device) != 9 or why_off(device) is not None:
+    if dtype != torch.bfloat16 or capability(device) != 9:
         return None
     with _one_at_a_time:
         return _begun(torch.cuda.current_device() if device.index is None else device.index)

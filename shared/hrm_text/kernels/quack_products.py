@@ -29,6 +29,7 @@ def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> di
 SCALED_TILE = tile(128, 160, True, (2, 1))
 ADD_TILE = tile(128, ADD_COLUMNS, True, (1, 2))
 SWIGLU_TILE = tile(128, 128, True, (1, 2))
+VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
 
 
 def epilogue(**options: Any) -> Callable[[Callable[..., Any]], Any]:
@@ -38,7 +39,7 @@ def epilogue(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     """
 
     def wrap(function: Callable[..., Any]) -> Any:
-        function.__qualname__ += "_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+        function.__qualname__ += f"_{VERSION}"
         return gemm_epilogue(**options)(function)
 
     return wrap
