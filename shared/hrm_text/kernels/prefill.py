@@ -44,9 +44,12 @@ class FusedPrefill:
         for step in body.stage:
             kind = body.steps[step]
             x, factors = add_rms(z_L, z_H, self.eps)
+            squares: torch.Tensor | None = None
             for index, layer in enumerate(weights[kind]):
                 slot = body.shape.plan.slot(step, index)
-                factors = self.layer(x, factors, layer, products, batch, slot, caches, attend)
+                if index:
+                    factors = products.factors(x, squares, self.eps)
+                squares = self.layer(x, factors, layer, products, batch, slot, caches, attend)
             z = norm(x, self.eps)
             z_L, z_H = (z, z_H) if kind == "L" else (z_L, z)
         return z_H
@@ -71,8 +74,12 @@ class FusedPrefill:
         slot: int,
         caches: KVCaches,
         attend: Attend,
-    ) -> torch.Tensor:
-        """Changes (tokens, hidden) x to what it is behind the layer; takes its norm's factors, returns the new ones."""
+    ) -> torch.Tensor | None:
+        """Changes (tokens, hidden) x, whose norm's factors are given, to what it is behind the layer.
+
+        Returns:
+            What `products.factors` takes for the new x.
+        """
         tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
         gqkv_proj, o_proj, gate_up_proj, down_proj = weights
         gqkv, factors = products.scaled(x, factors, gqkv_proj)
@@ -80,8 +87,8 @@ class FusedPrefill:
         _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
         out = attend(slot, q, k, v).view(tokens, heads * head_dim)
         gate_in_place(gqkv, factors, out)
-        act = products.swiglu(x, products.add(x, out, o_proj, self.eps), gate_up_proj)
-        return products.add(x, act, down_proj, self.eps)
+        factors = products.factors(x, products.add(x, out, o_proj), self.eps)
+        return products.add(x, products.swiglu(x, factors, gate_up_proj), down_proj)
 
 
 def weights_of(block: Block) -> Weights:

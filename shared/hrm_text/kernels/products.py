@@ -30,8 +30,11 @@ class Products(Protocol):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """(tokens, rows) W x, and the (tokens,) factors that it still lacks; None where it has them."""
 
-    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        """Add W a to (tokens, rows) x in place, and return the (tokens,) float32 RMSNorm factors of the sum."""
+    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
+        """Add W a to (tokens, rows) x in place; what is returned `factors` takes."""
+
+    def factors(self, x: torch.Tensor, squares: torch.Tensor | None, eps: float) -> torch.Tensor:
+        """The (tokens,) float32 RMSNorm factors of x, behind an `add` to it."""
 
     def swiglu(self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """(tokens, rows / 2) silu(gate) * up of [gate | up] = W x times each token's factor."""
@@ -45,8 +48,10 @@ class CublasProducts:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         return linear(x, weight), factors
 
-    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> None:
         x.addmm_(a, weight.t())  # in place, for torch copies what it adds to otherwise
+
+    def factors(self, x: torch.Tensor, squares: torch.Tensor | None, eps: float) -> torch.Tensor:
         return rms(x, eps)
 
     def swiglu(self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -116,7 +121,7 @@ def try_out(products: Products, device: torch.device) -> None:
     expected["swiglu"] = torch.nn.functional.silu(gate) * up
 
     product, left = products.scaled(x, factors, weight)
-    norms = products.add(out, x, weight, 1e-6)
+    norms = products.factors(out, products.add(out, x, weight), 1e-6)
     found = product if left is None else product * left[:, None], out, norms, products.swiglu(x, factors, weight)
     for (name, right), mine in zip(expected.items(), found, strict=True):
         error = float((mine.float() - right).norm() / right.norm())

@@ -70,12 +70,16 @@ class QuackProducts:
         _scaled.gemm(x, weight, out, None, epi_args={"factor": factors[None]}, **SCALED_TILE)
         return out, None
 
-    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tokens, width = x.shape
         # The squares are those of the sum before it is rounded: of 1,536 numbers that is nothing.
         squares = torch.empty(tokens, -(-width // ADD_COLUMNS), dtype=torch.float32, device=x.device)
         _add.gemm(a, weight, x, x, epi_args={"squares": squares}, **ADD_TILE)
-        return factors_of(squares, width, eps)
+        return squares
+
+    def factors(self, x: torch.Tensor, squares: torch.Tensor | None, eps: float) -> torch.Tensor:
+        assert squares is not None
+        return factors_of(squares, x.shape[1], eps)
 
     def swiglu(self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         out = torch.empty(len(x), len(weight) // 2, dtype=x.dtype, device=x.device)
