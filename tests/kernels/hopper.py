@@ -17,8 +17,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from hrm_text.kernels import clustered
 from hrm_text.kernels.attention import _decode, splits_for, tile
-from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, PIECE_TOKENS, _decode_many, stages_for
+from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, _decode_many, stages_for
 from hrm_text.kernels.gemm import _gemm, tile_for
 from hrm_text.kernels.linear import (
     MAX_TOKENS,
@@ -56,7 +57,9 @@ def compile_kernel(kernel: Any, constants: dict[str, Any], warps: int, most: int
     # As at a launch: tensors and their widths are multiples of 16.
     aligned = [name for name in names if name not in constants and (name.endswith("_ptr") or kind(name) == "i32")]
     attributes = {
-        (names.index(name),): [["tt.divisibility", 16]] for name in aligned if name not in ("tokens", "requests")
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name in aligned
+        if name not in ("tokens", "requests", "piece")
     }
     source = ASTSource(kernel, signature, values, attributes)
     options = {"num_warps": warps, "launch_pdl": constants.get("PDL", False)} | ({"maxnreg": most} if most else {})
@@ -121,6 +124,17 @@ def main() -> None:
             else:
                 assert stack == 0 and registers <= geometry.registers
                 print("staged", geometry.rows, width, geometry.shared_bytes, "copies", copies, "registers", registers)
+        for tokens in clustered.TOKENS:
+            whole = rows * (2 if swiglu else 1)
+            division = clustered.Geometry.of(whole, width, norm, swiglu, residual, swiglu or residual, tokens)
+            try:
+                registers, stack = registers_and_stack(clustered.code_for(division))
+            except Exception as reason:  # as above
+                if "NVRTC:" in str(reason):
+                    raise
+            else:
+                assert stack == 0 and registers <= clustered.REGISTERS
+                print("clustered", whole, width, division.shared_bytes, "tokens", tokens, "registers", registers)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)
@@ -142,10 +156,12 @@ def main() -> None:
             "HEADS": HEADS, "DIM": DIM, "PAGE": page, "OFFSETS": tl.int32, "RAGGED": ragged, "PDL": True,
         }  # fmt: skip
         many = {
-            "HIDDEN": HIDDEN, "WIDE": 2048, "REQUESTS": 128, "EXTRA": EXTRA_PROGRAMS, "PIECE": PIECE_TOKENS,
-            "PIECES": MAX_PIECES, "BLOCK": BLOCK, "STAGES": stages_for(64), "NORM": True,
+            "HIDDEN": HIDDEN, "WIDE": 2048, "REQUESTS": 128, "EXTRA": EXTRA_PROGRAMS, "PIECES": MAX_PIECES,
+            "BLOCK": BLOCK, "STAGES": stages_for(64),
         }  # fmt: skip
-        print("attention of many", page, compile_kernel(_decode_many, both | many, 1))
+        for norm in (True, False):
+            around = {"NORM": norm, "BLOCKED": not norm}
+            print("attention of many", page, norm, compile_kernel(_decode_many, both | many | around, 1))
         for tokens in (1, 8):
             splits = splits_for(tokens, HEADS)
             block, stages, warps, most = tile(splits)

@@ -126,17 +126,17 @@ def test_splits_are_counted_anew_each_time() -> None:
     assert not attention.arrivals.any()
 
 
-@pytest.mark.parametrize("lengths", [[1], [5, 90, 17], [LONGEST, 3], [40] * 16])
+@pytest.mark.parametrize("lengths", [[1], [5, 90, 17], [LONGEST, 3], [40] * 16, [LONGEST, 600] + [9] * 16])
 def test_copies_of_the_output(lengths: list[int]) -> None:
     """From one piece of a context, from several, and where there are never several."""
     case = Case(lengths, 16, False, False, 0)
     expected, _, _ = case.expected()
     attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
-    poison = torch.full((3, *expected.shape), float("nan"), device=DEVICE, dtype=case.gqkv.dtype)
+    copies, (tokens, width) = 3 if len(lengths) <= MAX_SPLIT_TOKENS else 1, expected.shape
+    poison = torch.full((copies, *expected.shape), float("nan"), device=DEVICE, dtype=case.gqkv.dtype)
     del poison  # the next tensor of its size takes its memory
-    got = attention(case.gqkv, case.k_cache, case.v_cache, case.batch, copies=3)
-    tokens, width = expected.shape
-    assert got.shape == (3, width // 32, tokens, 32)
+    got = attention(case.gqkv, case.k_cache, case.v_cache, case.batch, copies=copies)
+    assert got.shape == (copies, width // 32, tokens, 32)
     for each in got:
         assert error(in_rows(each[None]), expected) <= TOLERANCE
 
@@ -144,7 +144,7 @@ def test_copies_of_the_output(lengths: list[int]) -> None:
 def test_copies_are_refused_where_nothing_would_write_them() -> None:
     case = Case([3] * (MAX_SPLIT_TOKENS + 1), 16, False, False, 0)
     attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
-    with pytest.raises(ValueError, match="copies=2: 17 tokens have none"):
+    with pytest.raises(ValueError, match="copies=2: 17 tokens have one; the limit is 16"):
         attention(case.gqkv, case.k_cache, case.v_cache, case.batch, copies=2)
 
 
@@ -230,7 +230,7 @@ def test_many_requests_read_their_own_tokens_only(
     expected, _, _ = case.expected()
     spoil_all_but_earlier_tokens(case)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention_many, "PIECE_TOKENS", 32)
+        patch.setattr(attention_many, "piece_for", lambda _: 32)
         attention = DecodeAttention(HEADS, DIM, torch.device(DEVICE))
         for _ in range(2):
             assert error(attend(case, attention), expected) <= TOLERANCE
@@ -239,7 +239,7 @@ def test_many_requests_read_their_own_tokens_only(
 
 def test_splits_leave_results_as_they_are_in_another_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """A context is split by its length: not by what stands beside it, while there are programs for all pieces."""
-    monkeypatch.setattr(attention_many, "PIECE_TOKENS", 32)
+    monkeypatch.setattr(attention_many, "piece_for", lambda _: 32)
     lengths = [200, 150, 3] + [20] * 15
     case = Case(lengths, 1, False, False, 0)
     whole = attend(case)

@@ -4,7 +4,6 @@ The emulation runs the kernel's own source, a fiber for each CUDA thread, copies
 and in random order. So what it shows of the ring and of what is waited for does not hang on a model of them.
 """
 
-import shutil
 from math import ceil
 
 import pytest
@@ -14,8 +13,7 @@ from hypothesis import strategies as st
 
 from hrm_text.config import HrmTextShape
 from hrm_text.kernels import staged
-from hrm_text.kernels.attention import REGISTERS, DecodeBatch
-from hrm_text.kernels.decode import FusedDecode
+from hrm_text.kernels.attention import REGISTERS
 from hrm_text.kernels.staged import (
     COPIES,
     Geometry,
@@ -24,63 +22,19 @@ from hrm_text.kernels.staged import (
     in_blocks,
     in_rows,
     slot_bytes,
-    staged_linear,
     why_not,
 )
-from hrm_text.model import HrmTextBody
-from hrm_text.plain import PlainLayers, rope_table
 from hrm_text.plan import RecurrencePlan
+from tests.kernels import projections
 from tests.kernels.conftest import DEVICE
 from tests.kernels.emulation import Edit, Emulated
-from tests.kernels.test_linear import EPS, error, expected_linear
+from tests.kernels.projections import ON_GPU, TOLERANCE, Case, either, emulated, gpu
+from tests.kernels.test_linear import error
 
-ON_GPU = DEVICE == "cuda"
-gpu = pytest.mark.skipif(not ON_GPU, reason="needs a Hopper GPU")
-emulated = pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="emulates on a CPU, with g++")
-TOLERANCE = 5e-3  # of bfloat16
-# rows, width, norm, swiglu, residual
-PROJECTIONS = {
-    "gqkv": (6144, 1536, True, False, False),
-    "o": (1536, 1536, False, False, True),
-    "gate_up": (8192, 1536, True, True, False),
-    "down": (1536, 4096, False, False, True),
+PROJECTIONS = projections.PROJECTIONS | {
     "narrow": (1536, 6144, False, False, True),  # a ring of one slot
     "other": (676, 896, True, True, False),  # a quad for some CTAs and two for others, slices for 4 warps
 }
-
-
-class Case:
-    """A projection with random numbers, and what it comes to."""
-
-    def __init__(
-        self, rows: int, width: int, norm: bool, swiglu: bool, residual: bool, tokens: int, seed: int = 0
-    ) -> None:
-        generator = torch.Generator().manual_seed(seed)
-
-        def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
-            return (torch.randn(*size, generator=generator) * scale).to(DEVICE, torch.bfloat16)
-
-        # Small enough, at times, for the norm's epsilon to matter.
-        self.x = normal(tokens, width, scale=3.0 if seed % 2 else 1e-3 if norm else 1.0)
-        self.weight = normal(rows, width, scale=width**-0.5)
-        self.residual = normal(tokens, rows, scale=0.1) if residual else None
-        self.norm, self.swiglu = norm, swiglu
-
-    def expected(self) -> torch.Tensor:
-        return expected_linear(self.x, self.weight, self.norm, self.swiglu, self.residual)
-
-    def run(self, kernel: staged.Launch | None = None, copies: int = 0) -> torch.Tensor:
-        """(tokens, outputs), or copies of it in blocks."""
-        residual = None if self.residual is None else in_blocks(self.residual)
-        return self.run_in_blocks(in_blocks(self.x), residual, kernel, copies)
-
-    def run_in_blocks(
-        self, x: torch.Tensor, residual: torch.Tensor | None, kernel: staged.Launch | None, copies: int
-    ) -> torch.Tensor:
-        eps = EPS if self.norm else None
-        return staged_linear(
-            x, self.weight, norm_eps=eps, swiglu=self.swiglu, residual=residual, copies=copies, kernel=kernel
-        )
 
 
 # ---- On a CPU
@@ -132,7 +86,7 @@ def test_the_1b_on_an_h200_emulated(name: str, tokens: int) -> None:
     assert error(case.run(kernel), case.expected()) <= TOLERANCE
 
 
-@pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="emulates with g++")
+@either
 @pytest.mark.parametrize("tokens", [1, 3, 8])
 @pytest.mark.parametrize("name", ["o", "gate_up"])
 def test_copies(name: str, tokens: int) -> None:
@@ -172,7 +126,7 @@ def test_each_row_is_fetched_once() -> None:
         assert rows == [(512 * row, 512) for row in range(68)]
 
 
-@pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="emulates with g++")
+@either
 @pytest.mark.parametrize("tokens", [1, 5])
 def test_bad_numbers_come_through(tokens: int) -> None:
     for name in ("gqkv", "gate_up", "down") if ON_GPU else ("other",):
@@ -195,19 +149,9 @@ BROKEN = {
 @emulated
 @pytest.mark.parametrize("name", BROKEN)
 def test_the_emulation_sees_what_is_not_waited_for(name: str) -> None:
-    def edit(text: str) -> str:
-        assert BROKEN[name][0] in text
-        return text.replace(*BROKEN[name])
-
     case = Case(96, 256, True, False, False, 2)
-    wrong = 0
-    for seed in range(5):
-        try:
-            wrong += not error(case.run(emulation(case, seed, edit)), case.expected()) <= 10 * TOLERANCE
-        except RuntimeError as reason:  # what the hardware would not forgive either
-            assert "arrival" in str(reason)
-            wrong += 1
-    assert wrong
+    edit = projections.replacing(*BROKEN[name])
+    assert projections.goes_wrong(case, (emulation(case, seed, edit) for seed in range(5)))
 
 
 # ---- Where it runs
@@ -243,14 +187,7 @@ def test_neighbours_fit_on_a_multiprocessor() -> None:
 
 @pytest.mark.parametrize("name", PROJECTIONS)
 def test_compiles_for_hopper(name: str) -> None:
-    pytest.importorskip("cuda.bindings.nvrtc")
-    try:
-        code = code_for(Geometry.of(*PROJECTIONS[name], 132))
-    except Exception as reason:  # the bindings raise what they like when a library is not there
-        if "NVRTC:" in str(reason):
-            raise
-        pytest.skip(f"no NVRTC: {reason}")
-    assert code[:4] == b"\x7fELF"
+    projections.check_compiled(lambda: code_for(Geometry.of(*PROJECTIONS[name], 132)))
 
 
 # ---- On a GPU
@@ -262,42 +199,14 @@ def test_compiles_for_hopper(name: str) -> None:
 def test_projections_equal_float64(name: str, tokens: int) -> None:
     for seed in range(4):
         case = Case(*PROJECTIONS[name], tokens, seed)
-        # What the output's memory held: the next tensor of its size takes it.
-        poison = torch.full_like(case.expected(), float("nan"), dtype=torch.bfloat16)
-        del poison
-        assert error(case.run(), case.expected()) <= TOLERANCE
+        assert error(case.run_in_poisoned_memory(), case.expected()) <= TOLERANCE
 
 
 @gpu
 @pytest.mark.parametrize("tokens", [1, 5, 8])
 def test_a_chain_in_a_graph(tokens: int) -> None:
-    """Each kernel starts before its input is there: what they write holds NaN until then. Replays agree to the bit."""
-    chain = [Case(*PROJECTIONS[name], tokens, seed=1) for name in ("gqkv", "narrow", "gate_up", "down")]
-    x = in_blocks(chain[0].x)
-    given = x.clone()
-
-    def run() -> list[torch.Tensor]:
-        written = [x]
-        for _ in range(6):
-            for case in chain:
-                residual = None if case.residual is None else written[-2]
-                written.append(case.run_in_blocks(written[-1], residual, None, 1))
-        return written
-
-    first = [each.clone() for each in run()]
-    for i in range(len(chain)):
-        chain[i].x = in_rows(first[i])
-        chain[i].residual = in_rows(first[i - 1]) if chain[i].residual is not None else None
-        assert error(in_rows(first[i + 1]), chain[i].expected()) <= TOLERANCE
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        written = run()
-    for _ in range(300):
-        for each in written:
-            each.fill_(float("nan"))
-        x.copy_(given)
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(written, first, strict=True))
+    names = ("gqkv", "narrow", "gate_up", "down")
+    projections.check_chain_in_a_graph([Case(*PROJECTIONS[name], tokens, seed=1) for name in names])
 
 
 @gpu
@@ -305,27 +214,4 @@ def test_a_chain_in_a_graph(tokens: int) -> None:
 def test_a_step_on_them_equals_one_on_triton(tokens: int) -> None:
     plan = RecurrencePlan(2, 1, 2)
     shape = HrmTextShape(plan, 256, 384, 2, 64, 16, 4096, 10000.0, 1e-6, 1.0, False, True)
-    body = HrmTextBody(shape, PlainLayers(), "model").to(DEVICE, torch.bfloat16)
-    torch.manual_seed(tokens)
-    for parameter in body.parameters():
-        parameter.data.normal_(0, parameter.shape[-1] ** -0.5)
-    x = torch.randn(tokens, 256, device=DEVICE, dtype=torch.bfloat16)
-    cache = torch.randn(plan.num_slots, 2, 16 * tokens, 1, 2, 64, device=DEVICE, dtype=torch.bfloat16)
-    table = torch.arange(16 * tokens, device=DEVICE).view(tokens, 16)
-    batch = DecodeBatch(
-        positions=torch.full((tokens,), 15, device=DEVICE),
-        write_slots=table[:, -1].contiguous(),
-        table=table.int(),
-        row_starts=None,
-        lengths=torch.full((tokens,), 16, dtype=torch.int32, device=DEVICE),
-        page_size=1,
-        cos_sin=rope_table(shape).to(DEVICE),
-    )
-    fused = FusedDecode(body, torch.device(DEVICE))
-    steps = []
-    for reason in (None, "compared with"):
-        assert fused.why_not_staged is None
-        fused.why_not_staged = reason
-        z_H, z_L = body.begin(x)
-        steps.append(fused(z_H, z_L.contiguous(), batch, lambda slot: (cache[slot, 0], cache[slot, 1])).double())
-    assert error(*steps) <= 4 * TOLERANCE  # which 8 layer calls add up to
+    projections.check_step(shape, tokens, "why_not_staged")

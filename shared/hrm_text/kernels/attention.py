@@ -6,6 +6,7 @@ their own, in `attention_many`.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -235,15 +236,17 @@ class DecodeAttention:
             x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it, as it must with no more
                 than `MAX_SPLIT_TOKENS`.
             eps: of that RMSNorm.
-            copies: of the output as `staged_linear` has x, (copies, width / 32, tokens, 32); 0 for one in rows, as it
-                is with more tokens than `MAX_SPLIT_TOKENS`.
+            copies: of the output as `staged_linear` has x, (copies, width / 32, tokens, 32), one at most with more
+                tokens than `MAX_SPLIT_TOKENS`; 0 for one in rows.
         """
         tokens = gqkv.shape[0]
         out = room_for(copies, tokens, self.heads * self.head_dim, gqkv)
         if tokens > MAX_SPLIT_TOKENS:
-            if copies:
-                raise ValueError(f"copies={copies}: {tokens} tokens have none; the limit is {MAX_SPLIT_TOKENS} tokens")
-            self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
+            if copies > 1:
+                raise ValueError(f"copies={copies}: {tokens} tokens have one; the limit is {MAX_SPLIT_TOKENS} tokens")
+            compiled = self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
+            if copies:  # among Triton's products nobody makes all of L1 shared memory
+                self.share(compiled)
             return out
         if x is not None:
             raise ValueError(f"x: {tokens} tokens take a gqkv that is normed; the limit is {MAX_SPLIT_TOKENS}")
@@ -260,10 +263,14 @@ class DecodeAttention:
             RAGGED=batch.row_starts is not None, SPLITS=splits, BLOCK=block, STAGES=stages, COPIES=copies,
             PDL=dependent_launch(gqkv.device), num_warps=warps, **strides_of(k_cache, v_cache), **options,
         )  # fmt: skip
-        if self.all_shared and compiled.function not in self._carved:  # known once it has been launched
+        self.share(compiled)
+        return out
+
+    def share(self, compiled: Any) -> None:
+        """Have a kernel that has been launched run where all of L1 is shared memory, if its neighbours do."""
+        if self.all_shared and compiled.function not in self._carved:
             carve_out(compiled.function)
             self._carved.add(compiled.function)
-        return out
 
 
 def tile(splits: int) -> tuple[int, int, int, int | None]:

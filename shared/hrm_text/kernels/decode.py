@@ -1,18 +1,20 @@
 """A decode step's recurrence on the fused kernels: five a layer, beyond 128 tokens two and four GEMMs.
 
-For the fewest tokens, projections are CUDA kernels whose weights wait in shared memory, where those run.
+Up to 32 tokens, projections are CUDA kernels whose weights wait in shared memory, where those run; else Triton's.
 
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch.nn.functional import linear
 
 from hrm_text.config import HrmTextShape
-from hrm_text.kernels import staged
+from hrm_text.kernels import clustered, staged
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
+from hrm_text.kernels.clustered import clustered_linear
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
@@ -40,6 +42,7 @@ class FusedDecode:
 
     Attributes:
         why_not_staged: why no projection runs on `staged_linear`; None where those of its `MAX_TOKENS` do.
+        why_not_clustered: the same of `clustered_linear`, for more tokens than that.
     """
 
     def __init__(self, body: HrmTextBody, device: torch.device) -> None:
@@ -49,13 +52,14 @@ class FusedDecode:
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
         shapes, dtype = weight_shapes(shape), next(body.parameters()).dtype
         self.project = Projections(list(shapes.values()), dtype, device)
+        kinds = [(name, (*shapes[name], *AROUND[name])) for name in AROUND]
         # Attention reads rows of gqkv, a head's columns in one program.
-        kinds = [
-            (*shapes[name], *AROUND[name], copies)
-            for name in AROUND
-            for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))
-        ]
-        self.why_not_staged = staged.why_not(kinds, dtype, device)
+        copied = [(*kind, copies) for name, kind in kinds for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))]
+        blocked = [(*kind, name != "gqkv_proj") for name, kind in kinds]
+        with ThreadPoolExecutor(1) as pool:  # both compile
+            clustered_off = pool.submit(clustered.why_not, blocked, dtype, device)
+            self.why_not_staged = staged.why_not(copied, dtype, device)
+            self.why_not_clustered = self.why_not_staged or clustered_off.result()
         self.attention.all_shared = self.why_not_staged is None
 
     def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
@@ -80,13 +84,17 @@ class FusedDecode:
                 z_H, x = norm_add(x, z_L, self.eps)
         return z_H
 
-    def staged(self, tokens: int) -> bool:
-        """Whether the projections of so few tokens run on `staged_linear`."""
-        return tokens <= staged.MAX_TOKENS and self.why_not_staged is None
+    def in_cuda(self, tokens: int) -> Callable[..., torch.Tensor] | None:
+        """What runs the projections of so many tokens: `staged_linear`, `clustered_linear`, or None for Triton's."""
+        if tokens <= staged.MAX_TOKENS:
+            return None if self.why_not_staged else staged_linear
+        if tokens <= clustered.MAX_TOKENS:
+            return None if self.why_not_clustered else clustered_linear
+        return None
 
     def laid_out(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens, hidden) x as `block` takes it: in blocks for staged projections."""
-        return in_blocks(x) if self.staged(len(x)) else x
+        """(tokens, hidden) x as `block` takes it: in blocks for projections in CUDA."""
+        return in_blocks(x) if self.in_cuda(len(x)) else x
 
     def block(
         self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
@@ -94,13 +102,14 @@ class FusedDecode:
         """A layer call: x, as `laid_out` has it, to the same, with the cache of its KV slot."""
         attention, mlp = block.self_attn, block.mlp
         tokens = x.shape[-2]
-        if self.staged(tokens):
+        project = self.in_cuda(tokens)
+        if project:
             copies = copies_for(tokens)
-            gqkv = staged_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            gqkv = project(x, attention.gqkv_proj.weight, norm_eps=self.eps)
             out = self.attention(gqkv, k_cache, v_cache, batch, copies=copies)
-            x = staged_linear(out, attention.o_proj.weight, residual=x, copies=copies)
-            act = staged_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True, copies=copies)
-            return staged_linear(act, mlp.down_proj.weight, residual=x, copies=copies)
+            x = project(out, attention.o_proj.weight, residual=x, copies=copies)
+            act = project(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True, copies=copies)
+            return project(act, mlp.down_proj.weight, residual=x, copies=copies)
         if tokens <= MAX_TOKENS:
             gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
             out = self.attention(gqkv, k_cache, v_cache, batch)
@@ -108,12 +117,12 @@ class FusedDecode:
             act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
             return small_linear(act, mlp.down_proj.weight, residual=x)
         if tokens <= MAX_TILED_TOKENS:
-            project = self.project
-            gqkv, _ = project(x, attention.gqkv_proj.weight)
+            tiled = self.project
+            gqkv, _ = tiled(x, attention.gqkv_proj.weight)
             out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
-            x, squares = project(out, attention.o_proj.weight, residual=x)
-            act, _ = project(x, mlp.gate_up_proj.weight, squares=squares, eps=self.eps, swiglu=True)
-            return project(act, mlp.down_proj.weight, residual=x)[0]
+            x, squares = tiled(out, attention.o_proj.weight, residual=x)
+            act, _ = tiled(x, mlp.gate_up_proj.weight, squares=squares, eps=self.eps, swiglu=True)
+            return tiled(act, mlp.down_proj.weight, residual=x)[0]
         gqkv = linear(x, attention.gqkv_proj.weight)
         out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
         x = torch.addmm(x, out, attention.o_proj.weight.t())

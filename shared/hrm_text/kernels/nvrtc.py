@@ -66,11 +66,20 @@ class DependentKernel:
         name: of the kernel, which takes one structure by value.
         ctas, threads: its launch.
         shared_bytes: of dynamic shared memory.
+        cluster: CTAs of a cluster.
         dependent: whether it may start early; for measurements.
     """
 
     def __init__(
-        self, code: bytes, name: str, ctas: int, threads: int, shared_bytes: int, *, dependent: bool = True
+        self,
+        code: bytes,
+        name: str,
+        ctas: int,
+        threads: int,
+        shared_bytes: int,
+        *,
+        cluster: int = 1,
+        dependent: bool = True,
     ) -> None:
         from cuda.bindings import driver
 
@@ -81,14 +90,17 @@ class DependentKernel:
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
         _checked(driver.cuFuncSetAttribute(self.function, limit, shared_bytes))
         carve_out(self.function)
-        attribute = driver.CUlaunchAttribute()
-        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-        attribute.value.programmaticStreamSerializationAllowed = 1
+        early, together = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
+        early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+        early.value.programmaticStreamSerializationAllowed = 1
+        together.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        together.value.clusterDim.x, together.value.clusterDim.y, together.value.clusterDim.z = cluster, 1, 1
         self.config = config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = ctas, 1, 1
         config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
         config.sharedMemBytes = shared_bytes
-        config.attrs, config.numAttrs = [attribute] if dependent else [], int(dependent)
+        config.attrs = [early] * dependent + [together] * (cluster > 1)
+        config.numAttrs = len(config.attrs)
 
     def __call__(self, params: ctypes.Structure) -> None:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))

@@ -121,7 +121,7 @@ class Params(ctypes.Structure):
     ]
 
 
-Launch = Callable[[Params], None]
+Launch = Callable[[ctypes.Structure], None]  # of `Params`
 
 
 @functools.cache
