@@ -22,6 +22,15 @@ TINY: dict[str, Any] = {
     "initializer_range": 0.1,
 }
 
+# Wide enough for every kernel of decode steps, as a GPU's tests want it.
+WIDE: dict[str, Any] = {
+    "hidden_size": 768,
+    "intermediate_size": 2048,
+    "num_attention_heads": 6,
+    "head_dim": 128,
+    "initializer_range": 0.03,
+}
+
 
 def make_checkpoint(folder: Path, dtype: str = "float32", **overrides: Any) -> Path:
     """A random HRM-Text of a few thousand parameters, saved as transformers saves it."""

@@ -18,7 +18,7 @@ from hrm_text.kernels import products
 from hrm_text.oracle import load_reference
 from hrm_vllm.sampler_kernels import top_k_top_p_calls
 from tests.adapters import make_adapter, merged, scaled_adapter
-from tests.conftest import make_checkpoint
+from tests.conftest import WIDE, make_checkpoint
 from tests.engines_together import log_of, together
 from tests.vllm.engine import FUSED_LOG, Ask, Engine, generate
 from tests.vllm.mixes import deviation, true_spans
@@ -74,7 +74,7 @@ OTHERS: dict[str, dict[str, Any]] = {
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("gpu"), "bfloat16", head_dim=64))
+    return str(make_checkpoint(tmp_path_factory.mktemp("gpu"), "bfloat16", **WIDE))
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +183,7 @@ def test_the_fused_kernels_run_where_they_should(engines: Mapping[str, Engine], 
         engines[name].ask([Ask(P[:9], (), 4)])
         log = log_of(logs, name)
         assert (FUSED_LOG in log) == ("fused" in name), name
+        assert ("(weights staged in shared memory)" in log) == ("bf16 fused" in name), name
         assert ("not on the fused kernels: speculative decoding" in log) == (name == "flash bf16 drafts")
 
 
