@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import typer
 
 CONFIG = Path(__file__).parent / "hrm-text-1b"
-SHAPES = ((1, 128), (8, 128), (64, 512), (256, 256))  # batch, prompt tokens
+SHAPES = ((1, 128), (8, 128), (16, 128), (32, 512), (64, 512), (256, 256))  # batch, prompt tokens
 SHORT, LONG = 8, 72  # tokens a request
 TURNS, TURN_TOKENS, ANSWER_TOKENS = 5, 512, 16
 ENGINES: dict[str, dict[str, str]] = {

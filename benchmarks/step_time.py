@@ -20,7 +20,14 @@ from typing import Annotated, Any
 import typer
 
 CONFIG = Path(__file__).parent / "hrm-text-1b"
-SHAPES = ((1, 128, 128), (8, 128, 128), (64, 512, 128), (256, 256, 32))  # batch, prompt tokens, steps
+SHAPES = (
+    (1, 128, 128),
+    (8, 128, 128),
+    (16, 128, 128),
+    (32, 512, 128),
+    (64, 512, 128),
+    (256, 256, 32),
+)  # batch, prompt tokens, steps
 PREFILL = (64, 2048)  # requests, prompt tokens
 KV_BYTES = 58 << 30  # 79,000 tokens of the 1B: every shape runs as one batch
 ENGINES = {"in-tree": {"VLLM_PLUGINS": ""}, "plugin": {"VLLM_PLUGINS": "hrm_text"}}
