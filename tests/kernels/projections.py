@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 from hrm_text.config import HrmTextShape
 from hrm_text.kernels.attention import DecodeBatch
@@ -21,6 +22,13 @@ gpu = pytest.mark.skipif(not ON_GPU, reason="needs a Hopper GPU")
 emulated = pytest.mark.skipif(ON_GPU or shutil.which("g++") is None, reason="emulates on a CPU, with g++")
 either = pytest.mark.skipif(not ON_GPU and shutil.which("g++") is None, reason="emulates with g++")
 TOLERANCE = 5e-3  # of bfloat16
+GENERATED = settings(
+    max_examples=25,
+    deadline=None,
+    phases=[Phase.generate],
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)
 # The 1B's rows, width, norm, swiglu, residual
 PROJECTIONS = {
     "gqkv": (6144, 1536, True, False, False),

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hrm_text.config import HrmTextShape
-from hrm_text.kernels import clustered
+from hrm_text.kernels import nvrtc
 from hrm_text.kernels.clustered import (
     REGISTERS,
     TILES,
@@ -30,7 +30,7 @@ from hrm_text.plan import RecurrencePlan
 from tests.kernels import projections
 from tests.kernels.conftest import DEVICE
 from tests.kernels.emulation import Emulated
-from tests.kernels.projections import ON_GPU, PROJECTIONS, TOLERANCE, either, emulated, gpu
+from tests.kernels.projections import GENERATED, ON_GPU, PROJECTIONS, TOLERANCE, either, emulated, gpu
 from tests.kernels.test_linear import error
 
 KINDS = {name: projection[2:] for name, projection in PROJECTIONS.items()}
@@ -62,13 +62,7 @@ def small(name: str, tokens: int, seed: int = 0) -> tuple[Case, Geometry]:
 
 
 @emulated
-@settings(
-    max_examples=25,
-    deadline=None,
-    phases=[Phase.generate],
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@GENERATED
 @given(
     clusters=st.integers(1, 2),
     splits=st.sampled_from([2, 4, 8]),
@@ -204,7 +198,7 @@ def test_what_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "float32" in str(why_not(shapes, torch.float32, device))
     assert ON_GPU or "Hopper" in str(why_not(shapes, torch.bfloat16, device))
     assert not ON_GPU or why_not(shapes, torch.bfloat16, device) is None
-    monkeypatch.setattr(clustered, "capability", lambda device: 9)
+    monkeypatch.setattr(nvrtc, "capability", lambda device: 9)
     for rows, width, swiglu in ((96, 48, False), (160, 1536, False), (64, 1536, True)):
         reason = why_not([(rows, width, False, swiglu, not swiglu, True)], torch.bfloat16, device)
         assert f"({rows}, {width})" in str(reason)

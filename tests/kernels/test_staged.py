@@ -8,7 +8,7 @@ from math import ceil
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hrm_text.config import HrmTextShape
@@ -28,7 +28,7 @@ from hrm_text.plan import RecurrencePlan
 from tests.kernels import projections
 from tests.kernels.conftest import DEVICE
 from tests.kernels.emulation import Edit, Emulated
-from tests.kernels.projections import ON_GPU, TOLERANCE, Case, either, emulated, gpu
+from tests.kernels.projections import GENERATED, ON_GPU, TOLERANCE, Case, either, emulated, gpu
 from tests.kernels.test_linear import error
 
 PROJECTIONS = projections.PROJECTIONS | {
@@ -47,13 +47,7 @@ def emulation(case: Case, seed: int = 0, edit: Edit = lambda text: text, **sizes
 
 
 @emulated
-@settings(
-    max_examples=25,
-    deadline=None,
-    phases=[Phase.generate],
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+@GENERATED
 @given(
     width=st.sampled_from([128, 256, 384]),
     quads=st.integers(3, 17),

@@ -2,13 +2,11 @@
 
 import ctypes
 import functools
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from hrm_text.kernels.launch import capability
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_made, why_unsupported
 from hrm_text.kernels.staged import BLOCK, SHARED_BYTES, Launch, room_for
 
 TOKENS = (16, 32)  # a kernel for up to so many
@@ -222,18 +220,10 @@ def why_not(
         dtype: of weights and activations.
         device: where they are.
     """
-    if dtype != torch.bfloat16:
-        return f"{dtype} is not bfloat16"
-    if capability(device) != 9:
-        return "the device is not of the Hopper generation"
+    if reason := why_unsupported(dtype, device):
+        return reason
     geometries = [Geometry.of(*shape, tokens) for shape in shapes for tokens in TOKENS]
     for each in geometries:
         if not each.fits:
             return f"a weight has the shape {(each.rows, each.width)}"
-    try:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with ThreadPoolExecutor(len(geometries)) as pool:  # side by side, for a compilation takes a second
-            list(pool.map(lambda geometry: kernel_for(geometry, index), geometries))
-    except Exception as error:  # the bindings raise what they like when a library is not there
-        return f"they do not compile: {error}"
-    return None
+    return why_not_made([functools.partial(kernel_for, each) for each in geometries], device)

@@ -2,10 +2,14 @@
 
 import ctypes
 import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from hrm_text.kernels.launch import capability
 
 FOLDER = Path(__file__).parent
 ALL_SHARED = 100  # per cent of a multiprocessor's L1 that is shared memory
@@ -40,6 +44,31 @@ def compile_for_hopper(text: str, name: str, macros: tuple[str, ...] = ()) -> by
     checked(nvrtc.nvrtcGetCUBIN(program, code))
     checked(nvrtc.nvrtcDestroyProgram(program))
     return code
+
+
+def why_unsupported(dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the kernels cannot be for weights and activations of `dtype` on `device`; None when they can."""
+    if dtype != torch.bfloat16:
+        return f"{dtype} is not bfloat16"
+    if capability(device) != 9:
+        return "the device is not of the Hopper generation"
+    return None
+
+
+def why_not_made(makers: Sequence[Callable[[int], object]], device: torch.device) -> str | None:
+    """Compile and load kernels side by side, for a compilation takes a second: why that fails, None when it does not.
+
+    Args:
+        makers: of a kernel each, on the GPU of an index.
+        device: that GPU.
+    """
+    try:
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with ThreadPoolExecutor(len(makers)) as pool:
+            list(pool.map(lambda make: make(index), makers))
+    except Exception as error:  # the bindings raise what they like when a library is not there
+        return f"they do not compile: {error}"
+    return None
 
 
 def _checked(result: tuple[Any, ...]) -> Any:

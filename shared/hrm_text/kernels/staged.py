@@ -3,13 +3,11 @@
 import ctypes
 import functools
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
 
-from hrm_text.kernels.launch import capability
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_made, why_unsupported
 
 MAX_TOKENS = 8
 BLOCK = 32  # columns that lie together, those of all tokens
@@ -217,17 +215,9 @@ def why_not(
         dtype: of weights and activations.
         device: where they are.
     """
-    if dtype != torch.bfloat16:
-        return f"{dtype} is not bfloat16"
-    if capability(device) != 9:
-        return "the device is not of the Hopper generation"
+    if reason := why_unsupported(dtype, device):
+        return reason
     for rows, width, *_ in shapes:
         if not fits(rows, width):
             return f"a weight has the shape {(rows, width)}"
-    try:
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with ThreadPoolExecutor(len(shapes)) as pool:  # side by side, for a compilation takes a second
-            list(pool.map(lambda shape: kernel_for(*shape, index), shapes))
-    except Exception as error:  # the bindings raise what they like when a library is not there
-        return f"they do not compile: {error}"
-    return None
+    return why_not_made([functools.partial(kernel_for, *shape) for shape in shapes], device)
