@@ -160,12 +160,16 @@ def code_for(geometry: Geometry) -> bytes:
 
 
 @functools.cache
-def kernel_for(geometry: Geometry, device: int) -> Launch:
-    """The kernel's launcher; the first call for a geometry compiles, so it must come before a capture.
+def kernel_for(
+    rows: int, width: int, norm: bool, swiglu: bool, residual: bool, blocked: bool, tokens: int, device: int
+) -> Launch:
+    """The kernel's launcher; the first call for a weight's shape compiles, so it must come before a capture.
 
     Args:
+        tokens: one of `TOKENS`.
         device: index of the GPU.
     """
+    geometry = Geometry.of(rows, width, norm, swiglu, residual, blocked, tokens)
     with torch.cuda.device(device):
         return DependentKernel(
             code_for(geometry), "clustered", geometry.ctas, 32 * geometry.warps, geometry.shared_bytes,
@@ -203,8 +207,8 @@ def clustered_linear(
     assert x.data_ptr() % 16 == 0 and weight.data_ptr() % 16 == 0, "rows are copied in units of 16 bytes"
     out = room_for(copies, tokens, outputs, x)
     if kernel is None:
-        shape = (rows, width, norm_eps is not None, swiglu, residual is not None, copies > 0, tokens_for(tokens))
-        kernel = kernel_for(Geometry.of(*shape), x.device.index)
+        around = norm_eps is not None, swiglu, residual is not None
+        kernel = kernel_for(rows, width, *around, copies > 0, tokens_for(tokens), x.device.index)
     given = None if residual is None else residual.data_ptr()
     kernel(Params(x.data_ptr(), weight.data_ptr(), given, out.data_ptr(), tokens, norm_eps or 0.0))
     return out
@@ -222,8 +226,8 @@ def why_not(
     """
     if reason := why_unsupported(dtype, device):
         return reason
-    geometries = [Geometry.of(*shape, tokens) for shape in shapes for tokens in TOKENS]
-    for each in geometries:
-        if not each.fits:
-            return f"a weight has the shape {(each.rows, each.width)}"
-    return why_not_made([functools.partial(kernel_for, each) for each in geometries], device)
+    kinds = [(*shape, tokens) for shape in shapes for tokens in TOKENS]
+    for kind in kinds:
+        if not Geometry.of(*kind).fits:
+            return f"a weight has the shape {kind[:2]}"
+    return why_not_made([functools.partial(kernel_for, *kind) for kind in kinds], device)
