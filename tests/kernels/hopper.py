@@ -7,6 +7,8 @@ import os
 import re
 import subprocess
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -80,6 +82,19 @@ def registers_and_stack(code: bytes) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def check_cuda(title: str, compile_code: Callable[[], bytes], most: int) -> None:
+    """That NVRTC, where it is, fits a kernel into `most` registers."""
+    try:
+        registers, stack = registers_and_stack(compile_code())
+    except Exception as reason:  # the bindings raise what they like when a library is not there
+        if "NVRTC:" in str(reason):
+            raise
+        print(title, "no NVRTC here")
+        return
+    assert stack == 0 and registers <= most
+    print(title, "registers", registers)
+
+
 def compile_quack() -> None:
     """Its products, where it is installed; launches are left out, and what the driver would be asked is made up."""
     os.environ |= {"CUTE_DSL_ARCH": "sm_90a", "QUACK_ARCH": "90"}  # read when it is imported
@@ -115,26 +130,13 @@ def main() -> None:
         block, warps = register_tile(width)
         for copies in (1, COPIES) if swiglu or residual else (0,):
             geometry = Geometry.of(rows * (2 if swiglu else 1), width, norm, swiglu, residual, 132, copies)
-            try:
-                registers, stack = registers_and_stack(code_for(geometry))
-            except Exception as reason:  # the bindings raise what they like when a library is not there
-                if "NVRTC:" in str(reason):
-                    raise
-                print("staged: no NVRTC here")
-            else:
-                assert stack == 0 and registers <= geometry.registers
-                print("staged", geometry.rows, width, geometry.shared_bytes, "copies", copies, "registers", registers)
+            title = f"staged {geometry.rows} {width} {geometry.shared_bytes} copies {copies}"
+            check_cuda(title, partial(code_for, geometry), geometry.registers)
         for tokens in clustered.TOKENS:
             whole = rows * (2 if swiglu else 1)
             division = clustered.Geometry.of(whole, width, norm, swiglu, residual, swiglu or residual, tokens)
-            try:
-                registers, stack = registers_and_stack(clustered.code_for(division))
-            except Exception as reason:  # as above
-                if "NVRTC:" in str(reason):
-                    raise
-            else:
-                assert stack == 0 and registers <= clustered.REGISTERS
-                print("clustered", whole, width, division.shared_bytes, "tokens", tokens, "registers", registers)
+            title = f"clustered {whole} {width} {division.shared_bytes} tokens {tokens}"
+            check_cuda(title, partial(clustered.code_for, division), clustered.REGISTERS)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)

@@ -119,6 +119,25 @@ def check_compiled(compile_code: Callable[[], bytes]) -> None:
     assert code[:4] == b"\x7fELF"
 
 
+def check_replays(
+    run: Callable[[], list[torch.Tensor]],
+    first: list[torch.Tensor],
+    replays: int,
+    restore: Callable[[], object] = lambda: None,
+) -> None:
+    """In a graph `run` writes what it wrote `first`, to the bit, though all of it holds NaN, but for what `restore`
+    writes, before each replay."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        written = run()
+    for _ in range(replays):
+        for each in written:
+            each.fill_(float("nan"))
+        restore()
+        graph.replay()
+        assert all(torch.equal(*pair) for pair in zip(written, first, strict=True))
+
+
 def check_chain_in_a_graph(chain: list[Case]) -> None:
     """Each kernel starts before its input is there: what they write holds NaN until then. Replays agree to the bit."""
     x = in_blocks(chain[0].x)
@@ -137,15 +156,7 @@ def check_chain_in_a_graph(chain: list[Case]) -> None:
         chain[i].x = in_rows(first[i])
         chain[i].residual = in_rows(first[i - 1]) if chain[i].residual is not None else None
         assert error(in_rows(first[i + 1]), chain[i].expected()) <= TOLERANCE
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        written = run()
-    for _ in range(300):
-        for each in written:
-            each.fill_(float("nan"))
-        x.copy_(given)
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(written, first, strict=True))
+    check_replays(run, first, 300, lambda: x.copy_(given))
 
 
 def check_step(shape: HrmTextShape, tokens: int, why_not: str) -> None:

@@ -7,10 +7,10 @@ from hrm_text.kernels.pointwise import factors_of, rms
 from hrm_text.kernels.prefill_graphs import SIZES
 from hrm_text.kernels.products import MANY_TOKENS, CublasProducts, Products, products_for, products_of_many, try_out
 from tests.kernels.conftest import DEVICE
+from tests.kernels.projections import check_replays, gpu
 
 EPS = 1e-6
 TOLERANCE = 5e-3
-gpu = pytest.mark.skipif(DEVICE != "cuda", reason="needs a Hopper GPU")
 
 
 def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
@@ -122,12 +122,4 @@ def test_quacks_in_a_graph() -> None:
         act = products.swiglu(total, factors, weights[2])
         return [wide, factors, act, products.factors(total, products.add(total, act, weights[3]), EPS), total]
 
-    first = run()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        written = run()
-    for _ in range(50):
-        for each in written:
-            each.fill_(float("nan"))
-        graph.replay()
-        assert all(torch.equal(*pair) for pair in zip(written, first, strict=True))
+    check_replays(run, run(), 50)

@@ -72,12 +72,8 @@ struct Item {
     mine = index < ITEMS && token < p.tokens;
   }
   DEVICE int column() const { return cta() / SPLITS * OUTPUTS_HERE + cluster_rank() * OUTPUTS_MINE + first; }
-  DEVICE int in_blocks(const Params& p) const { return (column() / 32 * p.tokens + token) * 32 + column() % 32; }
+  DEVICE int in_blocks(const Params& p) const { return in_blocks_at(token, p.tokens, column()); }
 };
-
-DEVICE void wait(u64* barrier) {
-  while (!barrier_passed(barrier, 0)) pause();
-}
 
 // This lane's quarter of 32 columns of a token in the CTA's part of x. Tokens past the last one are the last one again.
 DEVICE const char* quarter_of(const Shared& shared, const Params& p, int token, int block) {

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_made, why_unsupported
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_loaded
 from hrm_text.kernels.staged import BLOCK, SHARED_BYTES, Launch, room_for
 
 TOKENS = (16, 32)  # a kernel for up to so many
 MAX_TOKENS = TOKENS[-1]
-SOURCES = ("staged_ptx.cuh", "cluster_ptx.cuh", "clustered.cu")
+SOURCES = ("staged_ptx.cuh", "cluster_ptx.cuh", "projection_parts.cuh", "clustered.cu")
 STAGE_BYTES = 32 * 64  # of a warp
 SUMS_STRIDE = 20  # floats of a token's sums of 16 rows
 REGISTERS = 128  # of a thread; two CTAs of 8 warps fit into a multiprocessor
@@ -224,10 +224,5 @@ def why_not(
         dtype: of weights and activations.
         device: where they are.
     """
-    if reason := why_unsupported(dtype, device):
-        return reason
     kinds = [(*shape, tokens) for shape in shapes for tokens in TOKENS]
-    for kind in kinds:
-        if not Geometry.of(*kind).fits:
-            return f"a weight has the shape {kind[:2]}"
-    return why_not_made([functools.partial(kernel_for, *kind) for kind in kinds], device)
+    return why_not_loaded(kinds, lambda *kind: Geometry.of(*kind).fits, kernel_for, dtype, device)

@@ -46,26 +46,33 @@ def compile_for_hopper(text: str, name: str, macros: tuple[str, ...] = ()) -> by
     return code
 
 
-def why_unsupported(dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the kernels cannot be for weights and activations of `dtype` on `device`; None when they can."""
+def why_not_loaded(
+    kinds: Sequence[tuple[Any, ...]],
+    fits: Callable[..., bool],
+    kernel_for: Callable[..., object],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> str | None:
+    """Why kernels for weights cannot run; None when they can. Compiles and loads them.
+
+    Args:
+        kinds: of each what it is compiled for, rows and width of its weight first.
+        fits: whether there is a kernel of a kind.
+        kernel_for: makes one, of a kind and the index of a GPU.
+        dtype: of weights and activations.
+        device: where they are.
+    """
     if dtype != torch.bfloat16:
         return f"{dtype} is not bfloat16"
     if capability(device) != 9:
         return "the device is not of the Hopper generation"
-    return None
-
-
-def why_not_made(makers: Sequence[Callable[[int], object]], device: torch.device) -> str | None:
-    """Compile and load kernels side by side, for a compilation takes a second: why that fails, None when it does not.
-
-    Args:
-        makers: of a kernel each, on the GPU of an index.
-        device: that GPU.
-    """
+    for kind in kinds:
+        if not fits(*kind):
+            return f"a weight has the shape {kind[:2]}"
     try:
         index = torch.cuda.current_device() if device.index is None else device.index
-        with ThreadPoolExecutor(len(makers)) as pool:
-            list(pool.map(lambda make: make(index), makers))
+        with ThreadPoolExecutor(len(kinds)) as pool:  # side by side, for a compilation takes a second
+            list(pool.map(lambda kind: kernel_for(*kind, index), kinds))
     except Exception as error:  # the bindings raise what they like when a library is not there
         return f"they do not compile: {error}"
     return None

@@ -47,10 +47,6 @@ struct Ring {
       : slots(memory), full((u64*)(memory + SLOTS * SLOT)), empty(full + SLOTS), squares((float*)(empty + SLOTS)) {}
 };
 
-DEVICE void wait(u64* barrier, u32 parity) {
-  while (!barrier_passed(barrier, parity)) pause();
-}
-
 // This CTA's quads of rows.
 struct Share {
   int first, count;
@@ -90,7 +86,7 @@ struct Item {
   int row, column, token;
   bool mine;
   // Where it lies in blocks of columns.
-  DEVICE int in_blocks(const Params& p) const { return (column / 32 * p.tokens + token) * 32 + column % 32; }
+  DEVICE int in_blocks(const Params& p) const { return in_blocks_at(token, p.tokens, column); }
   DEVICE Item(const Params& p, const Share& share, int round) {
     const int index = thread() + round * 32 * WARPS, output = index >> p.shift;
     token = index - (output << p.shift);

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_made, why_unsupported
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_loaded
 
 MAX_TOKENS = 8
 BLOCK = 32  # columns that lie together, those of all tokens
 COPIES = 4  # of what the next projection reads: X_COPIES in `staged.cu`
-SOURCES = ("staged_ptx.cuh", "staged.cu")
+SOURCES = ("staged_ptx.cuh", "projection_parts.cuh", "staged.cu")
 SHARED_BYTES = 227 * 1024  # of a CTA, at most
 
 
@@ -215,9 +215,4 @@ def why_not(
         dtype: of weights and activations.
         device: where they are.
     """
-    if reason := why_unsupported(dtype, device):
-        return reason
-    for rows, width, *_ in shapes:
-        if not fits(rows, width):
-            return f"a weight has the shape {(rows, width)}"
-    return why_not_made([functools.partial(kernel_for, *shape) for shape in shapes], device)
+    return why_not_loaded(shapes, lambda rows, width, *_: fits(rows, width), kernel_for, dtype, device)

@@ -1,4 +1,4 @@
-// What staged.cu needs of Hopper, each instruction under a name. The tests have the same names for a CPU
+// What staged.cu and clustered.cu need of Hopper, each instruction under a name. The tests have the same names for a CPU
 // (tests/kernels/emulated.h).
 typedef unsigned short u16;
 typedef unsigned int u32;
