@@ -18,15 +18,22 @@ import typer
 from hrm_text.config import read_config
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode
-from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.linear import MAX_TOKENS, small_linear
-from hrm_text.kernels.staged import copies_for, in_blocks
+from hrm_text.kernels.staged import copies_for, in_blocks, staged_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
 
 CONFIG = Path(__file__).parents[1] / "hrm-text-1b" / "config.json"
-SHAPES = ((1, 192), (8, 192), (16, 192), (32, 576), (64, 576), (256, 288))  # batch, tokens in each one's context
+SHAPES = (
+    (1, 192),
+    (8, 192),
+    (16, 192),
+    (32, 576),
+    (64, 576),
+    (128, 288),
+    (256, 288),
+)  # batch, tokens in each one's context
 REPEATS = 30
 
 
@@ -116,9 +123,8 @@ class Model:
         hidden, wide = shape.hidden_size, shape.intermediate_size
         gqkv, act = self.x.repeat(1, 4).contiguous(), self.x.new_ones(tokens, wide)
         product = self.x.new_ones(tokens, 2 * wide)
-        eps, few, attention = shape.rms_norm_eps, tokens <= MAX_TOKENS, self.fused.attention
-        context = self.context
-        project = self.fused.in_cuda(tokens)
+        eps, attention, context = shape.rms_norm_eps, self.fused.attention, self.context
+        project, few = self.fused.tiled(tokens), tokens <= MAX_TOKENS
         extra: dict[str, Any] = {} if few or project else {"x": self.x, "eps": eps}
         result: dict[str, tuple[Callable[[Block, int], object], int]] = {
             "attention": (
@@ -137,15 +143,26 @@ class Model:
         }
         linear = torch.nn.functional.linear
         kernels: dict[str, Callable[[Block, int], object]]
-        if project:
+        if self.fused.staged(tokens):
             copies = copies_for(tokens)
             x, wide_x = (in_blocks(each).repeat(copies, 1, 1, 1) for each in (self.x, act))
-            extra["copies"] = copies
+            extra["copies"], gate_up = copies, {"norm_eps": eps, "swiglu": True, "copies": copies}
             kernels = {
-                "gqkv": lambda b, _: project(x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
-                "o": lambda b, _: project(x, b.self_attn.o_proj.weight, residual=x, copies=copies),
-                "gate_up": lambda b, _: project(x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True, copies=copies),
-                "down": lambda b, _: project(wide_x, b.mlp.down_proj.weight, residual=x, copies=copies),
+                "gqkv": lambda b, _: staged_linear(x, b.self_attn.gqkv_proj.weight, norm_eps=eps),
+                "o": lambda b, _: staged_linear(x, b.self_attn.o_proj.weight, residual=x, copies=copies),
+                "gate_up": lambda b, _: staged_linear(x, b.mlp.gate_up_proj.weight, **gate_up),
+                "down": lambda b, _: staged_linear(wide_x, b.mlp.down_proj.weight, residual=x, copies=copies),
+            }
+        elif project:
+            norm = {
+                "squares": project(self.x, self.calls[0][0].self_attn.o_proj.weight, residual=self.x)[1],
+                "eps": eps,
+            }
+            kernels = {
+                "gqkv": lambda b, _: project(self.x, b.self_attn.gqkv_proj.weight, **norm),
+                "o": lambda b, _: project(self.x, b.self_attn.o_proj.weight, residual=self.x),
+                "gate_up": lambda b, _: project(self.x, b.mlp.gate_up_proj.weight, swiglu=True, **norm),
+                "down": lambda b, _: project(act, b.mlp.down_proj.weight, residual=self.x),
             }
         elif few:
             kernels = {
@@ -153,16 +170,6 @@ class Model:
                 "o": lambda b, _: small_linear(self.x, b.self_attn.o_proj.weight, residual=self.x),
                 "gate_up": lambda b, _: small_linear(self.x, b.mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True),
                 "down": lambda b, _: small_linear(act, b.mlp.down_proj.weight, residual=self.x),
-            }
-        elif tokens <= MAX_TILED_TOKENS:
-            tiled = self.fused.project
-            squares = tiled(self.x, self.calls[0][0].self_attn.o_proj.weight, residual=self.x)[1]
-            gate_up = {"squares": squares, "eps": eps, "swiglu": True}
-            kernels = {
-                "gqkv": lambda b, _: tiled(self.x, b.self_attn.gqkv_proj.weight),
-                "o": lambda b, _: tiled(self.x, b.self_attn.o_proj.weight, residual=self.x),
-                "gate_up": lambda b, _: tiled(self.x, b.mlp.gate_up_proj.weight, **gate_up),
-                "down": lambda b, _: tiled(act, b.mlp.down_proj.weight, residual=self.x),
             }
         else:
             kernels = {

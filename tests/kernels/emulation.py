@@ -1,4 +1,4 @@
-"""The kernels of `staged.cu` and `clustered.cu` compiled for the CPU, on `fibers.h`."""
+"""The kernels of `staged.cu` and `streamed.cu` compiled for the CPU, on `fibers.h`."""
 
 import ctypes
 import hashlib
@@ -9,19 +9,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from hrm_text.kernels import clustered, staged
+from hrm_text.kernels import staged, streamed
 from hrm_text.kernels.nvrtc import source
 
 ENTRY = """
 extern "C" int params_bytes() { return sizeof(Params); }
 extern "C" int shared_bytes() { return SHARED_NEEDED; }
-extern "C" long x_bytes(const Params* params) { return (long)(COPIES_OF_X) * params->tokens * K * 2; }
-extern "C" long residual_bytes(const Params* params) { return params->residual ? 2l * params->tokens * OUTPUTS : 0; }
-extern "C" long run(Params* params, int ctas, const char* x, const char* residual, unsigned seed) {
-  return run_fibers(NAME, *params, ctas, {(char*)params->x, x, (u64)x_bytes(params)},
-                    {(char*)params->residual, residual, (u64)residual_bytes(params)}, seed);
+static std::vector<Written> inputs_of(const Params* params) { return {INPUTS}; }
+extern "C" int inputs(const Params* params, Written* inputs) {
+  int count = 0;
+  for (const Written& each : inputs_of(params)) inputs[count++] = each;
+  return count;
+}
+extern "C" long run(Params* params, int ctas, const Written* inputs, int count, unsigned seed) {
+  return run_fibers(NAME, *params, ctas, std::vector<Written>(inputs, inputs + count), seed);
 }
 extern "C" const char* fault_of_the_run() { return fault; }
 extern "C" const void* fetches() { return fetched.data(); }
@@ -29,7 +31,8 @@ extern "C" long fetch_count() { return fetched.size(); }
 """
 FOLDER = tempfile.TemporaryDirectory(prefix="emulated")
 Edit = Callable[[str], str]
-Geometry = staged.Geometry | clustered.Geometry
+Geometry = staged.Geometry | streamed.Geometry
+MAX_INPUTS = 3
 
 
 @dataclass(frozen=True)
@@ -40,46 +43,59 @@ class Emulation:
         headers: for a CPU.
         files: of the kernel.
         name: of its function.
-        shared_needed, copies_of_x: expressions in C++, of shared memory and of what `params` points to.
+        shared_needed: bytes of shared memory, in C++.
+        inputs: in C++, of what the kernel before writes its place in `params`, a null pointer, and its bytes.
     """
 
     headers: tuple[str, ...]
     files: tuple[str, ...]
     name: str
     shared_needed: str
-    copies_of_x: str = "1"
+    inputs: str
 
     def source(self, edit: Edit) -> str:
         folder = Path(__file__).parent
         headers = "".join((folder / name).read_text() for name in self.headers)
-        names = {"NAME": self.name, "SHARED_NEEDED": self.shared_needed, "COPIES_OF_X": self.copies_of_x}
+        names = {"NAME": self.name, "SHARED_NEEDED": self.shared_needed, "INPUTS": self.inputs}
         defined = "".join(f"#define {name} {value}\n" for name, value in names.items())
         return headers + edit(source(*self.files)) + "\n" + defined + ENTRY
 
 
+RESIDUAL = "{(char*)params->residual, nullptr, params->residual ? 2ull * params->tokens * OUTPUTS : 0}"
 STAGED = Emulation(
     ("fibers.h", "emulated.h"),
     staged.SOURCES[1:],
     "staged",
     "SLOTS * (SLOT + 16) + 4 * MAX_TOKENS * WARPS",
-    "params->apart ? X_COPIES : 1",
+    "{(char*)params->x, nullptr, (params->apart ? X_COPIES : 1) * 2ull * params->tokens * K}, " + RESIDUAL,
 )
-CLUSTERED = Emulation(
-    ("fibers.h", "emulated.h", "emulated_clusters.h"), clustered.SOURCES[2:], "clustered", "RING + X_BYTES + 3 * 8"
+STREAMED = Emulation(
+    ("fibers.h", "emulated.h", "emulated_streams.h"),
+    streamed.SOURCES[2:],
+    "streamed",
+    "(char*)(Shared(nullptr).sent + CONSUMERS) - (char*)nullptr",
+    "{(char*)params->x.address, nullptr, 2ull * params->tokens * K}, "
+    "{(char*)params->squares, nullptr, 4ull * params->tokens * params->parts}, " + RESIDUAL,
 )
+
+
+class Written(ctypes.Structure):
+    """What the kernel before is to write."""
+
+    _fields_ = [("to", ctypes.c_void_p), ("values", ctypes.c_void_p), ("bytes", ctypes.c_uint64)]
 
 
 def library(geometry: Geometry, edit: Edit) -> ctypes.CDLL:
     """The kernel for `geometry`, its source changed by `edit`."""
-    if isinstance(geometry, clustered.Geometry):
-        emulation, warps, cluster = CLUSTERED, geometry.warps, geometry.splits
+    if isinstance(geometry, streamed.Geometry):
+        emulation, warps, cluster = STREAMED, geometry.warps, geometry.tile.splits
     else:
         emulation, warps, cluster = STAGED, geometry.threads // 32, 1
     text = emulation.source(edit)
     name = hashlib.sha256((text + str(geometry)).encode()).hexdigest()[:16]
     path = Path(FOLDER.name) / f"{name}.so"
     if not path.exists():
-        flags = ["-x", "c++", "-std=c++17", "-O1", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
+        flags = ["-x", "c++", "-std=c++17", "-O2", "-w", "-fno-strict-aliasing", "-shared", "-fPIC"]
         sizes = {"SHARED_BYTES": geometry.shared_bytes, "ALL_WARPS": warps, "CLUSTER": cluster}
         macros = [*geometry.macros, *(f"-D{name}={size}" for name, size in sizes.items())]
         command = ["g++", *flags, *macros, "-o", str(path), "-"]
@@ -89,7 +105,7 @@ def library(geometry: Geometry, edit: Edit) -> ctypes.CDLL:
 
 
 class Emulated:
-    """A kernel for `staged_linear` or `clustered_linear` on the CPU.
+    """A kernel for `staged_linear` or `streamed_linear` on the CPU.
 
     Attributes:
         early_writes: to y before the kernel before had ended, in the last launch.
@@ -100,10 +116,10 @@ class Emulated:
         self.code, self.seed = library(geometry, edit), seed
         self.code.fault_of_the_run.restype = ctypes.c_char_p
         self.code.fetches.restype = ctypes.c_void_p
-        for function in (self.code.fetch_count, self.code.run, self.code.x_bytes, self.code.residual_bytes):
+        for function in (self.code.fetch_count, self.code.run):
             function.restype = ctypes.c_long
         pointer = ctypes.c_void_p
-        self.code.run.argtypes = [pointer, ctypes.c_int, pointer, pointer, ctypes.c_uint]
+        self.code.run.argtypes = [pointer, ctypes.c_int, pointer, ctypes.c_int, ctypes.c_uint]
         self.geometry, self.early_writes = geometry, 0
         self.fetched = np.empty((0, 2), dtype=np.uint64)
 
@@ -113,17 +129,22 @@ class Emulated:
         self.seed += 1
         given = ctypes.byref(params)
         # The kernel before writes them while this one runs: until then the kernel's own hold NaN.
-        x = torch.empty(self.code.x_bytes(given), dtype=torch.uint8)
-        residual = torch.empty(self.code.residual_bytes(given), dtype=torch.uint8)
-        late = [(params.x, x), (params.residual, residual)]
-        for place, values in late:
-            ctypes.memmove(values.data_ptr(), place, values.nbytes)
-        self.early_writes = self.code.run(given, self.geometry.ctas, x.data_ptr(), residual.data_ptr(), self.seed)
-        for place, values in late:  # a broken kernel may have ended before
-            ctypes.memmove(place, values.data_ptr(), values.nbytes)
+        inputs = (Written * MAX_INPUTS)()
+        count = self.code.inputs(given, inputs)
+        there = [each for each in inputs[:count] if each.bytes]
+        saved = [ctypes.create_string_buffer(ctypes.string_at(each.to, each.bytes), each.bytes) for each in there]
+        for each, values in zip(there, saved, strict=True):
+            each.values = ctypes.addressof(values)
+        self.early_writes = self.code.run(given, self.geometry.ctas, inputs, count, self.seed)
+        for each in there:  # a broken kernel may have ended before
+            ctypes.memmove(each.to, each.values, each.bytes)
         fault = self.code.fault_of_the_run()
         if fault:
             raise RuntimeError(f"emulation: {fault.decode()}")
         count = self.code.fetch_count()
         array = (ctypes.c_uint64 * (2 * count)).from_address(self.code.fetches())
         self.fetched = np.array(array, dtype=np.uint64).reshape(count, 2)
+
+    def tensor_map(self, address: int, rows: int, columns: int, fetched: int) -> "ctypes.Array[ctypes.c_uint64]":
+        """As `streamed.Kernel` has it, for `emulated_streams.h`."""
+        return streamed.TensorMap(address, rows, columns, fetched)

@@ -30,14 +30,19 @@ struct Warp {
   Meeting meeting;
   u32 values[2][32][6];
 };
-struct Copy {  // or bytes sent, or an arrival from afar
+struct Copy {  // or bytes sent
   char* to;
   const char* from;  // null: from `sent`
   u32 bytes;
-  u64* barrier;  // null: waited for by its group
-  u32 arrivals;
-  int group;
+  u64* barrier;
+  bool in_tile;  // a line of one, in whose order its 16-byte pieces are to lie
   char sent[16];
+};
+struct Product {  // of tiles, for the sums of a thread
+  float* sum;
+  int sums;
+  u32 a, b;
+  int group;
 };
 struct Fiber {
   ucontext_t start;
@@ -45,7 +50,8 @@ struct Fiber {
   bool begun, done;
   Meeting* waits_for;  // a fiber that waits is not woken to see that it still has to
   std::vector<Copy> copies;  // that it asked for and that are on their way
-  int groups;  // of copies that it ended
+  std::vector<Product> products;
+  int groups;  // of products that it ended
   bool arrived, in_cluster;  // at the cluster's meeting; behind it
 };
 struct Cta {
@@ -66,7 +72,7 @@ static u32 lag;  // rounds until some of a fiber's copies land
 static Meeting all_of_cluster;
 static Warp warps[FIBERS / 32];
 static std::vector<Fetched> fetched;
-static Written written[2];
+static std::vector<Written> written;
 static bool last_kernel_ended;
 static long early_writes;
 static std::mt19937 dice;
@@ -140,27 +146,28 @@ static Barrier* known(u64* barrier) {
 static void depart(const Copy& copy) {
   const Cta& target = cta_at(copy.to, copy.bytes);
   if (target.alive == 0) fail("a copy to a CTA that has ended");
-  if (copy.barrier && &cta_at(copy.barrier, 8) != &target) fail("the barrier of another CTA");
-  if (copy.barrier && known(copy.barrier)->state != READY) fail("a copy ahead of its barrier");
+  if (&cta_at(copy.barrier, 8) != &target) fail("the barrier of another CTA");
+  if (known(copy.barrier)->state != READY) fail("a copy ahead of its barrier");
   memset(copy.to, 0xff, copy.bytes);
   fibers[current].copies.push_back(copy);
 }
 static void fetch_here(void* to, const void* from, u32 bytes, u64* barrier) {
   if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) fail("unaligned copy");
   if (&cta_at(to, bytes) != &my_cta()) fail("a copy to another CTA");
-  depart({(char*)to, (const char*)from, bytes, barrier, 0, fibers[current].groups});
+  depart({(char*)to, (const char*)from, bytes, barrier});
   fetched.push_back({(u64)from, bytes});
 }
+// In a tile, lines of 128 bytes at multiples of 1024: to which piece of 16 bytes this one changes, as a difference in bits.
+static u32 swizzle(const void* place) { return ((uintptr_t)place >> 7 & 7) << 4; }
 // One of a fiber's copies ends.
 static void land(Fiber& fiber, size_t which) {
   const Copy copy = fiber.copies[which];
   fiber.copies[which] = fiber.copies.back();
   fiber.copies.pop_back();
-  memcpy(copy.to, copy.from ? copy.from : copy.sent, copy.bytes);
-  if (!copy.barrier) return;
+  const char* from = copy.from ? copy.from : copy.sent;
+  for (u32 i = 0; i < copy.bytes; i += 16) memcpy(copy.to + (copy.in_tile ? i ^ swizzle(copy.to) : i), from + i, 16);
   Barrier* barrier = (Barrier*)copy.barrier;
-  if (barrier->pending < copy.arrivals) fault = "one arrival too many";
-  barrier->pending -= copy.arrivals, barrier->bytes -= copy.bytes;
+  barrier->bytes -= copy.bytes;
   settle(barrier);
 }
 // What happens by itself between two turns of the warps.
@@ -201,7 +208,7 @@ static void prepare(void (*entry)(), char* stacks) {
   for (Fiber& fiber : fibers) {
     fiber.begun = fiber.done = fiber.arrived = fiber.in_cluster = false;
     fiber.waits_for = nullptr, fiber.groups = 0;
-    fiber.copies.clear();
+    fiber.copies.clear(), fiber.products.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = stacks + (&fiber - fibers) * (size_t)STACK;
     fiber.start.uc_stack.ss_size = STACK;
@@ -232,14 +239,14 @@ template <class Params> static void run_cluster(void (*kernel)(Params), Params& 
   }
 }
 
-// `ctas` of them; `x` and `residual` are what the kernel before is to write where the parameters point to.
+// `ctas` of them; `inputs` are what the kernel before is to write.
 template <class Params>
-static long run_fibers(void (*kernel)(Params), Params& params, int ctas, Written x, Written residual, u32 seed) {
+static long run_fibers(void (*kernel)(Params), Params& params, int ctas, const std::vector<Written>& inputs, u32 seed) {
   dice.seed(seed);
   fault = nullptr;
   fetched.clear();
   early_writes = 0;
-  written[0] = x, written[1] = residual;
+  written = inputs;
   std::unique_ptr<char[]> stacks(new char[(size_t)FIBERS * STACK]);
   std::vector<char> memory(CLUSTER * SPACING + 1024);
   for (int i = 0; i < CLUSTER; i++)

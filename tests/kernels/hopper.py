@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hrm_text.kernels import clustered
+from hrm_text.kernels import streamed
 from hrm_text.kernels.attention import _decode, splits_for, tile
 from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, _decode_many, stages_for
 from hrm_text.kernels.gemm import _gemm, tile_for
@@ -132,11 +132,11 @@ def main() -> None:
             geometry = Geometry.of(rows * (2 if swiglu else 1), width, norm, swiglu, residual, 132, copies)
             title = f"staged {geometry.rows} {width} {geometry.shared_bytes} copies {copies}"
             check_cuda(title, partial(code_for, geometry), geometry.registers)
-        for tokens in clustered.TOKENS:
+        for tokens in streamed.TOKENS:
             whole = rows * (2 if swiglu else 1)
-            division = clustered.Geometry.of(whole, width, norm, swiglu, residual, swiglu or residual, tokens)
-            title = f"clustered {whole} {width} {division.shared_bytes} tokens {tokens}"
-            check_cuda(title, partial(clustered.code_for, division), clustered.REGISTERS)
+            division = streamed.Geometry.of(whole, width, norm, swiglu, residual, tokens)
+            title = f"streamed {whole} {width} {division.shared_bytes} tokens {tokens}"
+            check_cuda(title, partial(streamed.code_for, division), streamed.REGISTERS)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)
@@ -146,7 +146,7 @@ def main() -> None:
         for group in (64, 128):
             many = {
                 "K": width, "TOKENS": group, "BLOCK": part.block, "DEPTH": part.depth, "SPLITS": part.splits,
-                "EARLY": part.early, "STAGES": part.stages, "SQUARES": 24 if swiglu else 0, "ALL_SQUARES": 32,
+                "EARLY": part.early, "STAGES": part.stages, "SQUARES": 24 if norm else 0, "ALL_SQUARES": 32,
                 "SWIGLU": swiglu, "RESIDUAL": residual, "NEXT_SQUARES": 24 if residual else 0, "PDL": True,
             }  # fmt: skip
             print("gemm", group, rows, width, compile_kernel(_gemm, many, part.warps * group // 64))
@@ -162,16 +162,16 @@ def main() -> None:
             "BLOCK": BLOCK, "STAGES": stages_for(64),
         }  # fmt: skip
         for norm in (True, False):
-            around = {"NORM": norm, "BLOCKED": not norm}
-            print("attention of many", page, norm, compile_kernel(_decode_many, both | many | around, 1))
+            print("attention of many", page, norm, compile_kernel(_decode_many, both | many | {"NORM": norm}, 1))
         for tokens in (1, 8):
             splits = splits_for(tokens, HEADS)
             block, stages, warps, most = tile(splits)
             few = {"SPLITS": splits, "BLOCK": block, "STAGES": stages, "COPIES": COPIES}
             print("attention", page, tokens, compile_kernel(_decode, both | few, warps, most))
     one = {"ROWS": 1, "PDL": True}
-    for flags in ((1, 0, 0, 0), (0, 0, 0, 0), (0, 1, 0, 0), (0, 1, 1, 0), (0, 1, 1, 1)):
-        what = dict(zip(("SUM", "NORM", "ADD", "BLOCKS"), map(bool, flags), strict=True))
+    kinds = ((1, 0, 0, 0, 0), (0, 0, 0, 0, 0), (0, 1, 0, 0, 0), (0, 1, 1, 0, 0), (0, 1, 1, 1, 0), (0, 1, 1, 0, 1))
+    for flags in kinds:
+        what = dict(zip(("SUM", "NORM", "ADD", "BLOCKS", "SQUARES"), map(bool, flags), strict=True))
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
     print("factors", compile_kernel(_factors, {"PARTS": 8, "WIDE": 8, "ROWS": 64, "PDL": True}, 4))
     for scale in (True, False):

@@ -1,4 +1,4 @@
-"""Projections in CUDA for the tests of `staged.cu` and `clustered.cu`: cases, chains, and steps of a model on them."""
+"""Projections in CUDA for the tests of `staged.cu` and `streamed.cu`: cases, chains, and steps of a model on them."""
 
 import shutil
 from collections.abc import Callable, Iterable
@@ -50,7 +50,6 @@ class Case:
         residual: bool,
         tokens: int,
         seed: int = 0,
-        project: Callable[..., torch.Tensor] = staged_linear,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
 
@@ -61,7 +60,7 @@ class Case:
         self.x = normal(tokens, width, scale=3.0 if seed % 2 else 1e-3 if norm else 1.0)
         self.weight = normal(rows, width, scale=width**-0.5)
         self.residual = normal(tokens, rows, scale=0.1) if residual else None
-        self.norm, self.swiglu, self.project = norm, swiglu, project
+        self.norm, self.swiglu = norm, swiglu
 
     def expected(self) -> torch.Tensor:
         return expected_linear(self.x, self.weight, self.norm, self.swiglu, self.residual)
@@ -76,7 +75,7 @@ class Case:
         self, x: torch.Tensor, residual: torch.Tensor | None, kernel: Launch | None, copies: int
     ) -> torch.Tensor:
         eps = EPS if self.norm else None
-        return self.project(
+        return staged_linear(
             x, self.weight, norm_eps=eps, swiglu=self.swiglu, residual=residual, copies=copies, kernel=kernel
         )
 

@@ -40,6 +40,10 @@ def test_sums_and_norms(dtype: torch.dtype, tokens: int, hidden: int) -> None:
     assert close(norm(a, 1e-6), a.double() * factors_of(a)[:, None])
     normed, behind = norm_add(a, b, 1e-6)
     assert torch.equal(normed, norm(a, 1e-6)) and close(behind, normed.double() + b.double())
+    squares = torch.full((tokens, 1), float("nan"), device=DEVICE)
+    again, with_squares = norm_add(a, b, 1e-6, squares)
+    assert torch.equal(again, normed) and torch.equal(with_squares, behind)
+    torch.testing.assert_close(squares[:, 0], behind.float().square().sum(1))
     again, in_them = norm_add(in_blocks(a).repeat(2, 1, 1, 1), b, 1e-6)
     assert torch.equal(again, normed) and torch.equal(in_rows(in_them), behind) and len(in_them) == 1
 

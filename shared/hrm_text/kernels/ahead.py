@@ -9,7 +9,7 @@ import torch
 
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, KVCaches
-from hrm_text.kernels.pointwise import PrefillBatch, factors_of, gate_in_place, norm_add, rope_write
+from hrm_text.kernels.pointwise import PrefillBatch, factors_of, gate_in_place, rope_write
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
 from hrm_text.kernels.products import ADD_COLUMNS
 
@@ -50,13 +50,19 @@ def compile_ahead(
 
 
 def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:
-    """One layer as a stack for `size` padding requests, which touch no cache, with scratch memory of its own."""
+    """One layer as a stack for `size` padding requests, which touch no cache, with scratch memory of its own.
+
+    Twice, for what a layer's first kernel takes of the layer before is not what it takes of a stack.
+    """
     body, device = fused.body, batch.positions.device
     shape, dtype = body.shape, next(body.parameters()).dtype
     own = FusedDecode(body, device)
     x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
     block, slot = first_layer(body)
-    return norm_add(own.block(own.laid_out(x), block, empty_batch(batch, size), *caches(slot)), x, own.eps)[0]
+    activations = own.laid_out(x)
+    for _ in range(2):
+        activations = own.block(activations, block, empty_batch(batch, size), *caches(slot))
+    return own.between_stacks(activations, x)[0]
 
 
 def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:

@@ -205,12 +205,12 @@ class DecodeAttention:
         device: where it runs.
 
     Attributes:
-        all_shared: whether it shares multiprocessors with kernels that make all of L1 shared memory.
+        shares: tokens up to which it shares multiprocessors with kernels that make all of L1 shared memory.
     """
 
     def __init__(self, heads: int, head_dim: int, device: torch.device) -> None:
         self.heads, self.head_dim = heads, head_dim
-        self.all_shared = False
+        self.shares = 0
         self._carved: set[int] = set()
         room = max(tokens * splits_for(tokens, heads) for tokens in range(1, MAX_SPLIT_TOKENS + 1))
         self.partial, self.stats, self.arrivals = scratch(room * heads, MAX_SPLIT_TOKENS * heads, head_dim, device)
@@ -236,17 +236,15 @@ class DecodeAttention:
             x: (tokens, hidden), whose RMSNorm factor `gqkv` still lacks; None where it has it, as it must with no more
                 than `MAX_SPLIT_TOKENS`.
             eps: of that RMSNorm.
-            copies: of the output as `staged_linear` has x, (copies, width / 32, tokens, 32), one at most with more
-                tokens than `MAX_SPLIT_TOKENS`; 0 for one in rows.
+            copies: of the output as `staged_linear` has x, (copies, width / 32, tokens, 32); 0 for one in rows, as it
+                must be with more tokens than `MAX_SPLIT_TOKENS`.
         """
         tokens = gqkv.shape[0]
         out = room_for(copies, tokens, self.heads * self.head_dim, gqkv)
         if tokens > MAX_SPLIT_TOKENS:
-            if copies > 1:
-                raise ValueError(f"copies={copies}: {tokens} tokens have one; the limit is {MAX_SPLIT_TOKENS} tokens")
-            compiled = self.many(gqkv, out, k_cache, v_cache, batch, x, eps)
-            if copies:  # among Triton's products nobody makes all of L1 shared memory
-                self.share(compiled)
+            if copies:
+                raise ValueError(f"copies={copies}: {tokens} tokens have none; the limit is {MAX_SPLIT_TOKENS} tokens")
+            self.share(self.many(gqkv, out, k_cache, v_cache, batch, x, eps), tokens)
             return out
         if x is not None:
             raise ValueError(f"x: {tokens} tokens take a gqkv that is normed; the limit is {MAX_SPLIT_TOKENS}")
@@ -263,12 +261,12 @@ class DecodeAttention:
             RAGGED=batch.row_starts is not None, SPLITS=splits, BLOCK=block, STAGES=stages, COPIES=copies,
             PDL=dependent_launch(gqkv.device), num_warps=warps, **strides_of(k_cache, v_cache), **options,
         )  # fmt: skip
-        self.share(compiled)
+        self.share(compiled, tokens)
         return out
 
-    def share(self, compiled: Any) -> None:
+    def share(self, compiled: Any, tokens: int) -> None:
         """Have a kernel that has been launched run where all of L1 is shared memory, if its neighbours do."""
-        if self.all_shared and compiled.function not in self._carved:
+        if tokens <= self.shares and compiled.function not in self._carved:
             carve_out(compiled.function)
             self._carved.add(compiled.function)
 

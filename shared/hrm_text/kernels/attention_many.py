@@ -21,7 +21,6 @@ from hrm_text.kernels.attention_parts import (
     strides_of,
 )
 from hrm_text.kernels.launch import dependent_launch, launch_options
-from hrm_text.kernels.pointwise import in_blocks_at
 
 if TYPE_CHECKING:
     from hrm_text.kernels.attention import DecodeBatch
@@ -87,7 +86,7 @@ def _decode_many(
     K_PAGE: tl.constexpr, K_LINE: tl.constexpr, K_HEAD: tl.constexpr,
     V_PAGE: tl.constexpr, V_LINE: tl.constexpr, V_HEAD: tl.constexpr, OFFSETS: tl.constexpr,
     RAGGED: tl.constexpr, REQUESTS: tl.constexpr, EXTRA: tl.constexpr, PIECES: tl.constexpr,
-    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, BLOCKED: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, STAGES: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -199,11 +198,7 @@ def _decode_many(
     result = tl.sum(mixed, 0) * 0.125
     weights += tl.where(last, tl.exp2(own - top), 0.0)
 
-    column = head * DIM + full
-    if BLOCKED:  # noqa: SIM108 - the compiler takes one branch
-        out = out_ptr + in_blocks_at(request, requests, column)
-    else:
-        out = out_ptr + request * HEADS * DIM + column
+    out = out_ptr + request * HEADS * DIM + head * DIM + full
     gate = tl.sigmoid(gate.to(tl.float32) * factor)
     if pieces == 1:
         tl.store(out, (result / weights * gate).to(out_ptr.dtype.element_ty))
@@ -246,7 +241,7 @@ class ManyRequests:
         x: torch.Tensor | None,
         eps: float,
     ) -> Any:
-        """Fill `out`, in rows or in blocks; the rest as `DecodeAttention` takes it. The compiled kernel."""
+        """Fill `out`; the rest as `DecodeAttention` takes it. The compiled kernel."""
         requests, hidden = len(gqkv), 1 if x is None else x.shape[1]
         return _decode_many[(self.heads, requests + EXTRA_PROGRAMS)](
             gqkv, x, out, k_cache, v_cache, batch.cos_sin, batch.positions, batch.write_slots,
@@ -256,7 +251,7 @@ class ManyRequests:
             PAGE=batch.page_size, OFFSETS=offset_type(k_cache, v_cache), RAGGED=batch.row_starts is not None,
             REQUESTS=max(128, triton.next_power_of_2(requests)), EXTRA=EXTRA_PROGRAMS, PIECES=MAX_PIECES,
             BLOCK=BLOCK, STAGES=stages_for(requests), NORM=x is not None,
-            BLOCKED=out.ndim == 4, PDL=dependent_launch(gqkv.device), num_warps=1, **strides_of(k_cache, v_cache),
+            PDL=dependent_launch(gqkv.device), num_warps=1, **strides_of(k_cache, v_cache),
             **launch_options(gqkv.device),
         )  # fmt: skip
 

@@ -32,10 +32,10 @@ def choose(
         reason = reason or why_not(body, dtype)
         if reason is None:
             fused = FusedDecode(body, device)
-            staged, clustered = fused.why_not_staged, fused.why_not_clustered
+            staged, streamed = fused.why_not_staged, fused.why_not_streamed
             how = "weights staged in shared memory" if staged is None else f"Triton's alone, for {staged}"
-            if clustered and not staged:
-                how += f"; from 9 tokens on Triton's, for {clustered}"
+            if streamed and not staged:
+                how += f"; from 9 tokens on Triton's, for {streamed}"
             logger.info("HRM-Text: decode runs on the fused kernels (%s)", how)
             return fused
     # A user who switched them off, or whose hardware has none, need not be warned.

@@ -1,6 +1,7 @@
 """A decode step's recurrence on the fused kernels: five a layer, beyond 128 tokens two and four GEMMs.
 
-Up to 32 tokens, projections are CUDA kernels whose weights wait in shared memory, where those run; else Triton's.
+Where they run, projections are CUDA kernels: up to 8 tokens those whose weights wait in shared memory, up to 128 those
+by which weights stream. Else Triton's.
 
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """
@@ -12,14 +13,14 @@ import torch
 from torch.nn.functional import linear
 
 from hrm_text.config import HrmTextShape
-from hrm_text.kernels import clustered, staged
+from hrm_text.kernels import staged, streamed
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
-from hrm_text.kernels.clustered import clustered_linear
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.pointwise import norm_add
 from hrm_text.kernels.staged import COPIES, copies_for, in_blocks, staged_linear
+from hrm_text.kernels.streamed import streamed_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
 
@@ -31,6 +32,8 @@ AROUND = {
     "down_proj": (False, False, True),
 }
 KVCaches = Callable[[int], tuple[torch.Tensor, torch.Tensor]]
+# x as a layer's kernels take it, in rows or in blocks, and (tokens, any) sums of squares of it where they take those.
+Activations = tuple[torch.Tensor, torch.Tensor | None]
 
 
 class FusedDecode:
@@ -42,7 +45,7 @@ class FusedDecode:
 
     Attributes:
         why_not_staged: why no projection runs on `staged_linear`; None where those of its `MAX_TOKENS` do.
-        why_not_clustered: the same of `clustered_linear`, for more tokens than that.
+        why_not_streamed: the same of `streamed_linear`, for more tokens than that.
     """
 
     def __init__(self, body: HrmTextBody, device: torch.device) -> None:
@@ -55,12 +58,12 @@ class FusedDecode:
         kinds = [(name, (*shapes[name], *AROUND[name])) for name in AROUND]
         # Attention reads rows of gqkv, a head's columns in one program.
         copied = [(*kind, copies) for name, kind in kinds for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))]
-        blocked = [(*kind, name != "gqkv_proj") for name, kind in kinds]
         with ThreadPoolExecutor(1) as pool:  # both compile
-            clustered_off = pool.submit(clustered.why_not, blocked, dtype, device)
+            streamed_off = pool.submit(streamed.why_not, [kind for _, kind in kinds], dtype, device)
             self.why_not_staged = staged.why_not(copied, dtype, device)
-            self.why_not_clustered = self.why_not_staged or clustered_off.result()
-        self.attention.all_shared = self.why_not_staged is None
+            self.why_not_streamed = self.why_not_staged or streamed_off.result()
+        if self.why_not_staged is None:
+            self.attention.shares = staged.MAX_TOKENS if self.why_not_streamed else streamed.MAX_TOKENS
 
     def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
         """z_H after every step.
@@ -77,57 +80,69 @@ class FusedDecode:
             stack = body.L_module if kind == "L" else body.H_module
             for index, block in enumerate(stack.layers):
                 x = self.block(x, block, batch, *caches(body.shape.plan.slot(step, index)))
-            # One kernel from a stack to the next, launched as the others are, so that its weights are on their way.
             if kind == "L":
-                z_L, x = norm_add(x, z_H, self.eps)
+                z_L, x = self.between_stacks(x, z_H)
             else:
-                z_H, x = norm_add(x, z_L, self.eps)
+                z_H, x = self.between_stacks(x, z_L)
         return z_H
 
-    def in_cuda(self, tokens: int) -> Callable[..., torch.Tensor] | None:
-        """What runs the projections of so many tokens: `staged_linear`, `clustered_linear`, or None for Triton's."""
-        if tokens <= staged.MAX_TOKENS:
-            return None if self.why_not_staged else staged_linear
-        if tokens <= clustered.MAX_TOKENS:
-            return None if self.why_not_clustered else clustered_linear
-        return None
+    def staged(self, tokens: int) -> bool:
+        """Whether `staged_linear` runs the projections of so many tokens."""
+        return tokens <= staged.MAX_TOKENS and not self.why_not_staged
 
-    def laid_out(self, x: torch.Tensor) -> torch.Tensor:
-        """(tokens, hidden) x as `block` takes it: in blocks for projections in CUDA."""
-        return in_blocks(x) if self.in_cuda(len(x)) else x
+    def tiled(self, tokens: int) -> Callable[..., Activations] | None:
+        """What runs them of more, with sums of squares for the norms, if anything does: CUDA's or Triton's."""
+        if staged.MAX_TOKENS < tokens <= streamed.MAX_TOKENS and not self.why_not_streamed:
+            return streamed_linear
+        return self.project if MAX_TOKENS < tokens <= MAX_TILED_TOKENS else None
+
+    def laid_out(self, x: torch.Tensor) -> Activations:
+        """(tokens, hidden) x as `block` takes it."""
+        if self.staged(len(x)):
+            return in_blocks(x), None
+        return x, x.float().square().sum(-1, keepdim=True) if self.tiled(len(x)) else None
+
+    def between_stacks(self, x: Activations, other: torch.Tensor) -> tuple[torch.Tensor, Activations]:
+        """The RMSNorm of x, (tokens, hidden); and its sum with (tokens, hidden) `other`, for the next stack.
+
+        One kernel, launched as the others are, so that its neighbour's weights are on their way.
+        """
+        squares = None if x[1] is None else x[1].new_empty(len(other), 1)
+        normed, behind = norm_add(x[0], other, self.eps, squares)
+        return normed, (behind, squares)
 
     def block(
-        self, x: torch.Tensor, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
-    ) -> torch.Tensor:
+        self, activations: Activations, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
+    ) -> Activations:
         """A layer call: x, as `laid_out` has it, to the same, with the cache of its KV slot."""
         attention, mlp = block.self_attn, block.mlp
-        tokens = x.shape[-2]
-        project = self.in_cuda(tokens)
-        if project:
+        x, squares = activations
+        tokens, eps = x.shape[-2], self.eps
+        if self.staged(tokens):
             copies = copies_for(tokens)
-            gqkv = project(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            gqkv = staged_linear(x, attention.gqkv_proj.weight, norm_eps=eps)
             out = self.attention(gqkv, k_cache, v_cache, batch, copies=copies)
-            x = project(out, attention.o_proj.weight, residual=x, copies=copies)
-            act = project(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True, copies=copies)
-            return project(act, mlp.down_proj.weight, residual=x, copies=copies)
+            x = staged_linear(out, attention.o_proj.weight, residual=x, copies=copies)
+            act = staged_linear(x, mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True, copies=copies)
+            return staged_linear(act, mlp.down_proj.weight, residual=x, copies=copies), None
+        project = self.tiled(tokens)
+        if project:
+            gqkv, _ = project(x, attention.gqkv_proj.weight, squares=squares, eps=eps)
+            out = self.attention(gqkv, k_cache, v_cache, batch)
+            x, squares = project(out, attention.o_proj.weight, residual=x)
+            act, _ = project(x, mlp.gate_up_proj.weight, squares=squares, eps=eps, swiglu=True)
+            return project(act, mlp.down_proj.weight, residual=x)
         if tokens <= MAX_TOKENS:
-            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=self.eps)
+            gqkv = small_linear(x, attention.gqkv_proj.weight, norm_eps=eps)
             out = self.attention(gqkv, k_cache, v_cache, batch)
             x = small_linear(out, attention.o_proj.weight, residual=x)
-            act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=self.eps, swiglu=True)
-            return small_linear(act, mlp.down_proj.weight, residual=x)
-        if tokens <= MAX_TILED_TOKENS:
-            tiled = self.project
-            gqkv, _ = tiled(x, attention.gqkv_proj.weight)
-            out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
-            x, squares = tiled(out, attention.o_proj.weight, residual=x)
-            act, _ = tiled(x, mlp.gate_up_proj.weight, squares=squares, eps=self.eps, swiglu=True)
-            return tiled(act, mlp.down_proj.weight, residual=x)[0]
+            act = small_linear(x, mlp.gate_up_proj.weight, norm_eps=eps, swiglu=True)
+            return small_linear(act, mlp.down_proj.weight, residual=x), None
         gqkv = linear(x, attention.gqkv_proj.weight)
-        out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=self.eps)
+        out = self.attention(gqkv, k_cache, v_cache, batch, x=x, eps=eps)
         x = torch.addmm(x, out, attention.o_proj.weight.t())
-        act = scaled_swiglu(linear(x, mlp.gate_up_proj.weight), x, self.eps)
-        return torch.addmm(x, act, mlp.down_proj.weight.t())
+        act = scaled_swiglu(linear(x, mlp.gate_up_proj.weight), x, eps)
+        return torch.addmm(x, act, mlp.down_proj.weight.t()), None
 
 
 def weight_shapes(shape: HrmTextShape) -> dict[str, tuple[int, int]]:

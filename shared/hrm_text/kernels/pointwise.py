@@ -54,9 +54,9 @@ def in_blocks_at(token, tokens, column):
 
 @triton.jit(do_not_specialize=["tokens"])
 def _rms(
-    x_ptr, other_ptr, out_ptr, factors_ptr, sum_ptr, tokens, eps,
+    x_ptr, other_ptr, out_ptr, factors_ptr, sum_ptr, squares_ptr, tokens, eps,
     HIDDEN: tl.constexpr, WIDE: tl.constexpr, SUM: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
+    SQUARES: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
@@ -81,7 +81,11 @@ def _rms(
         normed = (x * factor[:, None]).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + at, normed, mask=mask)
         if ADD:
-            tl.store(sum_ptr + inner, (normed.to(tl.float32) + other).to(sum_ptr.dtype.element_ty), mask=mask)
+            total = (normed.to(tl.float32) + other).to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + inner, total, mask=mask)
+            if SQUARES:
+                wide = total.to(tl.float32)
+                tl.store(squares_ptr + token, tl.sum(wide * wide, 1), mask=token < tokens)
     else:
         tl.store(factors_ptr + token, factor, mask=token < tokens)
 
@@ -94,14 +98,16 @@ def _launch_rms(
     out: torch.Tensor | None = None,
     factors: torch.Tensor | None = None,
     behind: torch.Tensor | None = None,
+    squares: torch.Tensor | None = None,
 ) -> None:
-    """Factors of x, or of x + other in `out`; without `factors` the norm in `out`, and its sum with other `behind`."""
+    """Factors of x, or of x + other in `out`; without `factors` the norm in `out`, its sum with other `behind`, and the
+    sums of that one's `squares`."""
     tokens, hidden = (x if out is None else out).shape
-    pointers = [x if each is None else each for each in (other, out, factors, behind)]
+    pointers = [x if each is None else each for each in (other, out, factors, behind, squares)]
     _rms[(triton.cdiv(tokens, rows_of(x.device)),)](
         x, *pointers, tokens, eps, HIDDEN=hidden, WIDE=triton.next_power_of_2(hidden),
-        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None, BLOCKS=x.ndim == 4,
-        **options(x.device),
+        SUM=other is not None and behind is None, NORM=factors is None, ADD=behind is not None,
+        SQUARES=squares is not None, BLOCKS=x.ndim == 4, **options(x.device),
     )  # fmt: skip
 
 
@@ -153,18 +159,21 @@ def norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     return out
 
 
-def norm_add(x: torch.Tensor, other: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+def norm_add(
+    x: torch.Tensor, other: torch.Tensor, eps: float, squares: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The RMSNorm of x, and its sum with `other`.
 
     Args:
         x: (tokens, hidden), or the first of what a staged projection wrote, (copies, hidden / 32, tokens, 32).
         other: (tokens, hidden), contiguous as x is.
+        squares: (tokens, 1) float32, to be filled with the sums of squares of the sum.
 
     Returns:
         (tokens, hidden), and the sum as x lies, in one copy.
     """
     out, behind = torch.empty_like(other), torch.empty_like(x[:1] if x.ndim == 4 else x)
-    _launch_rms(x, eps, other=other, out=out, behind=behind)
+    _launch_rms(x, eps, other=other, out=out, behind=behind, squares=squares)
     return out, behind
 
 

@@ -1,4 +1,4 @@
-// What staged.cu and clustered.cu need of Hopper, each instruction under a name. The tests have the same names for a CPU
+// What staged.cu and streamed.cu need of Hopper, each instruction under a name. The tests have the same names for a CPU
 // (tests/kernels/emulated.h).
 typedef unsigned short u16;
 typedef unsigned int u32;
@@ -12,7 +12,7 @@ typedef unsigned long long u64;
 DEVICE int thread() { return threadIdx.x; }
 DEVICE int cta() { return blockIdx.x; }
 DEVICE char* shared_memory() {
-  extern __shared__ __align__(128) char memory[];
+  extern __shared__ __align__(1024) char memory[];
   return memory;
 }
 DEVICE void sync_all() { __syncthreads(); }
