@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("sglang")
 
 from hrm_text.oracle import load_reference
-from tests.conftest import make_checkpoint
+from tests.conftest import WIDE, make_checkpoint
 from tests.engines_together import log_of, together
 from tests.sglang.engine import FUSED_LOG, Engine, deviation, prompt, retractions
 from tests.sglang.test_prefix_cache import CASES, P, flush
@@ -60,7 +60,7 @@ YARDSTICK_FLOAT32 = Yardstick(mean=1.6e-4, largest=9.0e-4)
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
-    return str(make_checkpoint(tmp_path_factory.mktemp("gpu"), "bfloat16", head_dim=64))
+    return str(make_checkpoint(tmp_path_factory.mktemp("gpu"), "bfloat16", **WIDE))
 
 
 @pytest.fixture(scope="module")
@@ -171,6 +171,9 @@ def test_the_fused_kernels_run_where_they_should(name: str, engines: Mapping[str
     engines[name].ask([Ask(P[:9], (), 4)])
     log = log_of(logs, name)
     assert (FUSED_LOG in log) == ("fused" in name)
+    assert ("(weights staged in shared memory)" in log) == (
+        "bf16 fused" in name
+    )  # and streamed, for it says nothing else
     assert ("graphs of steps with prompts: 54" in log) == (name.startswith("fa3") and "fused" in name)
 
 

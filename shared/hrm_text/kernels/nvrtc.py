@@ -104,6 +104,9 @@ class DependentKernel:
         shared_bytes: of dynamic shared memory.
         cluster: CTAs of a cluster.
         dependent: whether it may start early; for measurements.
+
+    Raises:
+        RuntimeError: the driver refuses it, or nowhere on the device is there room for a cluster (a slice of a GPU).
     """
 
     def __init__(
@@ -137,6 +140,8 @@ class DependentKernel:
         config.sharedMemBytes = shared_bytes
         config.attrs = [early] * dependent + [together] * (cluster > 1)
         config.numAttrs = len(config.attrs)
+        if cluster > 1 and _checked(driver.cuOccupancyMaxActiveClusters(self.function, config)) < 1:
+            raise RuntimeError(f"{cluster} CTAs of {shared_bytes} bytes of shared memory each find no room together")
 
     def __call__(self, params: ctypes.Structure) -> None:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))

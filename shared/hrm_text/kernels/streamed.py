@@ -11,7 +11,7 @@ import torch
 from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_loaded
 from hrm_text.kernels.staged import SHARED_BYTES
 
-TOKENS = (32, 64, 128)  # a kernel for up to so many
+TOKENS = (16, 32, 64, 128)  # a kernel for up to so many
 MAX_TOKENS = TOKENS[-1]
 DEPTH = 64  # columns of a stage
 MAX_PARTS = 32  # of a token's squares
@@ -39,6 +39,12 @@ class Tile:
 # By the most tokens; 128 CTAs each, for an H200. A CTA is given its part of W and all of x at some 78 bytes a ns: of 64
 # tokens it waits for x as long as for W (benchmarks/kernels/NOTES.md).
 TILES = {
+    16: {
+        "gqkv": Tile(48, 1, 24, 160),
+        "o": Tile(48, 4, 6, 97),
+        "gate_up": Tile(64, 1, 24, 160),
+        "down": Tile(48, 4, 16, 97),
+    },
     32: {
         "gqkv": Tile(48, 1, 20, 160),
         "o": Tile(48, 4, 6, 97),
