@@ -11,6 +11,7 @@ from hrm_text.config import read_config
 from hrm_text.kernels import attention_many, decode
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, why_not
+from hrm_text.kernels.streamed import streamed_linear
 from hrm_text.model import HrmTextBody
 from hrm_text.oracle import token_logprobs
 from hrm_text.plain import PlainLayers, rope_table
@@ -70,6 +71,18 @@ def test_tokens_one_by_one_equal_the_oracle(
         expected = token_logprobs(reference, prompts[row].tolist(), ())
         got = torch.stack([logprobs[at][row, prompts[row, at + 1]] for at in range(LENGTH - 1)])
         assert float((got - expected).abs().max()) <= 1e-5
+
+
+def test_what_runs_the_projections_of_how_many_tokens(body: HrmTextBody) -> None:
+    fused, sizes = FusedDecode(body, torch.device(DEVICE)), (1, 8, 9, 16, 17, 128, 129)
+    for no_staged, no_streamed, tiled in (
+        (None, None, [None, None, *[streamed_linear] * 4, None]),
+        (None, "compared with", [None, None, None, None, fused.project, fused.project, None]),
+        ("compared with", "compared with", [None, None, None, None, fused.project, fused.project, None]),
+    ):
+        fused.why_not_staged, fused.why_not_streamed = no_staged, no_streamed
+        assert [fused.staged(size) for size in sizes] == [size <= 8 and not no_staged for size in sizes]
+        assert [fused.tiled(size) for size in sizes] == tiled
 
 
 def test_other_weights_are_refused(body: HrmTextBody) -> None:
