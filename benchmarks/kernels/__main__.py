@@ -25,15 +25,8 @@ from hrm_text.model import Block, HrmTextBody
 from hrm_text.plain import PlainLayers, rope_table
 
 CONFIG = Path(__file__).parents[1] / "hrm-text-1b" / "config.json"
-SHAPES = (
-    (1, 192),
-    (8, 192),
-    (16, 192),
-    (32, 576),
-    (64, 576),
-    (128, 288),
-    (256, 288),
-)  # batch, tokens in each one's context
+# Batch, tokens in each one's context
+SHAPES = ((1, 192), (8, 192), (16, 192), (32, 576), (64, 576), (128, 288), (256, 288))
 REPEATS = 30
 
 
@@ -154,10 +147,8 @@ class Model:
                 "down": lambda b, _: staged_linear(wide_x, b.mlp.down_proj.weight, residual=x, copies=copies),
             }
         elif project:
-            norm = {
-                "squares": project(self.x, self.calls[0][0].self_attn.o_proj.weight, residual=self.x)[1],
-                "eps": eps,
-            }
+            squares = project(self.x, self.calls[0][0].self_attn.o_proj.weight, residual=self.x)[1]
+            norm = {"squares": squares, "eps": eps}
             kernels = {
                 "gqkv": lambda b, _: project(self.x, b.self_attn.gqkv_proj.weight, **norm),
                 "o": lambda b, _: project(self.x, b.self_attn.o_proj.weight, residual=self.x),

@@ -65,11 +65,10 @@ class Case:
     def expected(self) -> torch.Tensor:
         return expected_linear(self.x, self.weight, self.norm, self.swiglu, self.residual)
 
-    def run(self, kernel: Launch | None = None, copies: int = 0) -> torch.Tensor:
-        """(tokens, outputs), by way of copies in blocks or without."""
+    def run(self, kernel: Launch | None = None) -> torch.Tensor:
+        """(tokens, outputs)."""
         residual = None if self.residual is None else in_blocks(self.residual)
-        out = self.run_in_blocks(in_blocks(self.x), residual, kernel, copies)
-        return in_rows(out) if copies else out
+        return self.run_in_blocks(in_blocks(self.x), residual, kernel, copies=0)
 
     def run_in_blocks(
         self, x: torch.Tensor, residual: torch.Tensor | None, kernel: Launch | None, copies: int
@@ -79,11 +78,11 @@ class Case:
             x, self.weight, norm_eps=eps, swiglu=self.swiglu, residual=residual, copies=copies, kernel=kernel
         )
 
-    def run_in_poisoned_memory(self, copies: int = 0) -> torch.Tensor:
+    def run_in_poisoned_memory(self) -> torch.Tensor:
         """On the GPU; what the output's memory held is NaN, for the next tensor of its size takes it."""
         poison = torch.full_like(self.expected(), float("nan"), dtype=torch.bfloat16)
         del poison
-        return self.run(copies=copies)
+        return self.run()
 
 
 def replacing(old: str, new: str) -> Edit:
@@ -94,11 +93,11 @@ def replacing(old: str, new: str) -> Edit:
     return edit
 
 
-def goes_wrong(case: Case, kernels: Iterable[Emulated], copies: int = 0) -> bool:
+def goes_wrong(case: Case, kernels: Iterable[Emulated]) -> bool:
     """Whether one of the kernels computes something else, or does what the hardware would not forgive."""
     for kernel in kernels:
         try:
-            if not error(case.run(kernel, copies), case.expected()) <= 10 * TOLERANCE:
+            if not error(case.run(kernel), case.expected()) <= 10 * TOLERANCE:
                 return True
         except RuntimeError as reason:
             assert "emulation:" in str(reason)

@@ -44,7 +44,7 @@ class Case(projections.Case):
     parts = 3
     left: torch.Tensor | None = None
 
-    def run(self, kernel: Any = None, copies: int = 0) -> torch.Tensor:
+    def run(self, kernel: Any = None) -> torch.Tensor:
         squares = None
         if self.norm:
             share = torch.rand(len(self.x), self.parts, device=DEVICE)

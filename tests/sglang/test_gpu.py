@@ -171,9 +171,8 @@ def test_the_fused_kernels_run_where_they_should(name: str, engines: Mapping[str
     engines[name].ask([Ask(P[:9], (), 4)])
     log = log_of(logs, name)
     assert (FUSED_LOG in log) == ("fused" in name)
-    assert ("(weights staged in shared memory)" in log) == (
-        "bf16 fused" in name
-    )  # and streamed, for it says nothing else
+    # And those for more tokens stream, for it says nothing else.
+    assert ("(weights staged in shared memory)" in log) == ("bf16 fused" in name)
     assert ("graphs of steps with prompts: 54" in log) == (name.startswith("fa3") and "fused" in name)
 
 

@@ -78,7 +78,12 @@ def why_not_loaded(
     return None
 
 
-def _checked(result: tuple[Any, ...]) -> Any:
+def checked_cuda(result: tuple[Any, ...]) -> Any:
+    """What a call of the driver's bindings returns behind its error.
+
+    Raises:
+        RuntimeError: there is one.
+    """
     if result[0].value:
         raise RuntimeError(f"CUDA: {result[0].name}")
     return result[1] if len(result) > 1 else None
@@ -90,7 +95,7 @@ def carve_out(function: Any) -> None:
     from cuda.bindings import driver
 
     attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
-    _checked(driver.cuFuncSetAttribute(driver.CUfunction(int(function)), attribute, ALL_SHARED))
+    checked_cuda(driver.cuFuncSetAttribute(driver.CUfunction(int(function)), attribute, ALL_SHARED))
 
 
 class DependentKernel:
@@ -124,10 +129,10 @@ class DependentKernel:
 
         self.driver, self.lock = driver, threading.Lock()
         torch.zeros(1, device="cuda")  # binds the device's context to this thread
-        self.module = _checked(driver.cuModuleLoadData(code))
-        self.function = _checked(driver.cuModuleGetFunction(self.module, name.encode()))
+        self.module = checked_cuda(driver.cuModuleLoadData(code))
+        self.function = checked_cuda(driver.cuModuleGetFunction(self.module, name.encode()))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _checked(driver.cuFuncSetAttribute(self.function, limit, shared_bytes))
+        checked_cuda(driver.cuFuncSetAttribute(self.function, limit, shared_bytes))
         carve_out(self.function)
         early, together = driver.CUlaunchAttribute(), driver.CUlaunchAttribute()
         early.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
@@ -140,11 +145,11 @@ class DependentKernel:
         config.sharedMemBytes = shared_bytes
         config.attrs = [early] * dependent + [together] * (cluster > 1)
         config.numAttrs = len(config.attrs)
-        if cluster > 1 and _checked(driver.cuOccupancyMaxActiveClusters(self.function, config)) < 1:
+        if cluster > 1 and checked_cuda(driver.cuOccupancyMaxActiveClusters(self.function, config)) < 1:
             raise RuntimeError(f"{cluster} CTAs of {shared_bytes} bytes of shared memory each find no room together")
 
     def __call__(self, params: ctypes.Structure) -> None:
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         with self.lock:  # `ahead.py` launches from several threads
             self.config.hStream = self.driver.CUstream(torch.cuda.current_stream().cuda_stream)
-            _checked(self.driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(arguments), 0))
+            checked_cuda(self.driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(arguments), 0))

@@ -81,15 +81,12 @@ DEVICE void produce(const Params& p, const Ring& ring, const Share& share, int l
 
 // ---- The consumers
 
-// Where a number of (tokens, columns) lies in blocks of 32 columns (staged.py).
-DEVICE int in_blocks_at(int token, int tokens, int column) { return (column / 32 * tokens + token) * 32 + column % 32; }
-
 // Of the CTA's products and the tokens, one that this thread finishes: row `row` of the CTA's, column `column` of y.
 struct Item {
   int row, column, token;
   bool mine;
   // Where it lies in blocks of columns.
-  DEVICE int in_blocks(const Params& p) const { return in_blocks_at(token, p.tokens, column); }
+  DEVICE int in_blocks(const Params& p) const { return (column / 32 * p.tokens + token) * 32 + column % 32; }
   DEVICE Item(const Params& p, const Share& share, int round) {
     const int index = thread() + round * 32 * WARPS, output = index >> p.shift;
     token = index - (output << p.shift);

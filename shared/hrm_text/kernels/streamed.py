@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_loaded
+from hrm_text.kernels.nvrtc import DependentKernel, checked_cuda, compile_for_hopper, source, why_not_loaded
 from hrm_text.kernels.staged import SHARED_BYTES
 
 TOKENS = (16, 32, 64, 128)  # a kernel for up to so many
@@ -93,10 +93,15 @@ class Geometry:
         """For at most so many tokens, one of `TOKENS`."""
         name = "gate_up" if swiglu else "gqkv" if not residual else "down" if width > rows else "o"
         tile = TILES[tokens][name]
-        steps = width // tile.splits // DEPTH
-        one = cls(rows, width, norm, swiglu, residual, tokens, tile, 0, min(steps, tile.x_stages))
+        empty = cls(rows, width, norm, swiglu, residual, tokens, tile, w_stages=0, x_stages=0)
+        one = dataclasses.replace(empty, x_stages=min(empty.steps, tile.x_stages))
         left = tile.shared * 1024 - one.least_shared_bytes
-        return dataclasses.replace(one, w_stages=min(steps, max(2, left // (128 * tile.rows + 16))))
+        return dataclasses.replace(one, w_stages=min(one.steps, max(2, left // (128 * tile.rows + 16))))
+
+    @property
+    def steps(self) -> int:
+        """Of 64 columns, in a CTA's part."""
+        return self.width // self.tile.splits // DEPTH
 
     @property
     def warpgroups(self) -> int:
@@ -145,8 +150,8 @@ class Geometry:
             and self.rows % tile.rows == 0
             and tile.rows % (32 if self.swiglu else 16) == 0
             and tile.splits <= 4
-            and min(self.w_stages, self.x_stages) >= min(2, self.width // tile.splits // DEPTH)
-            and max(self.w_stages, self.x_stages) <= self.width // tile.splits // DEPTH
+            and min(self.w_stages, self.x_stages) >= min(2, self.steps)
+            and max(self.w_stages, self.x_stages) <= self.steps
             and (not self.residual or self.parts <= MAX_PARTS)
             and self.shared_bytes <= SHARED_BYTES
         )
@@ -179,18 +184,7 @@ class Kernel(Protocol):
     def __call__(self, params: ctypes.Structure) -> None: ...
 
 
-class Streamed(DependentKernel):
-    """A `Kernel` on the current device."""
-
-    def __init__(self, geometry: Geometry) -> None:
-        super().__init__(
-            code_for(geometry), "streamed", geometry.ctas, 32 * geometry.warps, geometry.shared_bytes,
-            cluster=geometry.tile.splits,
-        )  # fmt: skip
-        self.geometry = geometry
-        self.tensor_map = functools.lru_cache(4096)(tensor_map)  # those of weights are asked for in every step
-
-
+@functools.lru_cache(4096)  # those of weights are asked for in every step
 def tensor_map(address: int, rows: int, columns: int, fetched: int) -> "ctypes.Array[ctypes.c_uint64]":
     """As `Kernel` says; its numbers say all about it.
 
@@ -200,7 +194,7 @@ def tensor_map(address: int, rows: int, columns: int, fetched: int) -> "ctypes.A
     from cuda.bindings import driver
 
     wide, narrow = driver.cuuint64_t, driver.cuuint32_t
-    result, made = driver.cuTensorMapEncodeTiled(
+    made = driver.cuTensorMapEncodeTiled(
         driver.CUtensorMapDataType.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 2, address,
         [wide(columns), wide(rows)], [wide(2 * columns)], [narrow(DEPTH), narrow(fetched)], [narrow(1), narrow(1)],
         driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
@@ -208,9 +202,20 @@ def tensor_map(address: int, rows: int, columns: int, fetched: int) -> "ctypes.A
         driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_128B,
         driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
     )  # fmt: skip
-    if result.value:
-        raise RuntimeError(f"CUDA: {result.name}")
-    return TensorMap.from_buffer_copy(ctypes.string_at(int(made.getPtr()), ctypes.sizeof(TensorMap)))
+    return TensorMap.from_buffer_copy(ctypes.string_at(int(checked_cuda(made).getPtr()), ctypes.sizeof(TensorMap)))
+
+
+class Streamed(DependentKernel):
+    """A `Kernel` on the current device."""
+
+    tensor_map = staticmethod(tensor_map)
+
+    def __init__(self, geometry: Geometry) -> None:
+        super().__init__(
+            code_for(geometry), "streamed", geometry.ctas, 32 * geometry.warps, geometry.shared_bytes,
+            cluster=geometry.tile.splits,
+        )  # fmt: skip
+        self.geometry = geometry
 
 
 @functools.cache
