@@ -1,4 +1,4 @@
-"""The kernels of `staged.cu` and `streamed.cu` compiled for the CPU, on `fibers.h`."""
+"""The kernels of `staged.cu`, `streamed.cu` and `attention.cu` compiled for the CPU, on `fibers.h`."""
 
 import ctypes
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from hrm_text.kernels import staged, streamed
+from hrm_text.kernels import attention_hopper, staged, streamed
 from hrm_text.kernels.nvrtc import source
 
 ENTRY = """
@@ -31,7 +31,7 @@ extern "C" long fetch_count() { return fetched.size(); }
 """
 FOLDER = tempfile.TemporaryDirectory(prefix="emulated")
 Edit = Callable[[str], str]
-Geometry = staged.Geometry | streamed.Geometry
+Geometry = staged.Geometry | streamed.Geometry | attention_hopper.Tile
 MAX_INPUTS = 3
 
 
@@ -77,6 +77,13 @@ STREAMED = Emulation(
     "{(char*)params->x.address, nullptr, 2ull * params->tokens * K}, "
     "{(char*)params->squares, nullptr, 4ull * params->tokens * params->parts}, " + RESIDUAL,
 )
+ATTENTION = Emulation(
+    ("fibers.h", "emulated.h", "emulated_streams.h", "emulated_attention.h"),
+    attention_hopper.SOURCES[3:],
+    "attention",
+    "(char*)(Shared(nullptr).sent + 1) - (char*)nullptr",
+    "{(char*)params->gqkv, nullptr, 8ull * params->tokens * params->heads * DIM}",
+)
 
 
 class Written(ctypes.Structure):
@@ -89,6 +96,8 @@ def library(geometry: Geometry, edit: Edit) -> ctypes.CDLL:
     """The kernel for `geometry`, its source changed by `edit`."""
     if isinstance(geometry, streamed.Geometry):
         emulation, warps, cluster = STREAMED, geometry.warps, geometry.tile.splits
+    elif isinstance(geometry, attention_hopper.Tile):
+        emulation, warps, cluster = ATTENTION, geometry.warps, geometry.splits
     else:
         emulation, warps, cluster = STAGED, geometry.threads // 32, 1
     text = emulation.source(edit)
@@ -105,7 +114,7 @@ def library(geometry: Geometry, edit: Edit) -> ctypes.CDLL:
 
 
 class Emulated:
-    """A kernel for `staged_linear` or `streamed_linear` on the CPU.
+    """A kernel for `staged_linear`, `streamed_linear` or `paged_attention` on the CPU.
 
     Attributes:
         early_writes: to y before the kernel before had ended, in the last launch.
@@ -123,7 +132,8 @@ class Emulated:
         self.geometry, self.early_writes = geometry, 0
         self.fetched = np.empty((0, 2), dtype=np.uint64)
 
-    def __call__(self, params: ctypes.Structure) -> None:
+    def __call__(self, params: ctypes.Structure, clusters: int | None = None) -> None:
+        """Run it: attention for so many clusters and an idle one."""
         assert ctypes.sizeof(params) == self.code.params_bytes()
         assert self.code.shared_bytes() <= self.geometry.shared_bytes
         self.seed += 1
@@ -135,13 +145,21 @@ class Emulated:
         saved = [ctypes.create_string_buffer(ctypes.string_at(each.to, each.bytes), each.bytes) for each in there]
         for each, values in zip(there, saved, strict=True):
             each.values = ctypes.addressof(values)
-        self.early_writes = self.code.run(given, self.geometry.ctas, inputs, count, self.seed)
+        if isinstance(self.geometry, attention_hopper.Tile):
+            assert clusters is not None
+            ctas = (clusters + 1) * self.geometry.splits
+        else:
+            ctas = self.geometry.ctas
+        self.early_writes = self.code.run(given, ctas, inputs, count, self.seed)
         for each in there:  # a broken kernel may have ended before
             ctypes.memmove(each.to, each.values, each.bytes)
         fault = self.code.fault_of_the_run()
         if fault:
             raise RuntimeError(f"emulation: {fault.decode()}")
         count = self.code.fetch_count()
+        if not count:
+            self.fetched = self.fetched[:0]
+            return
         array = (ctypes.c_uint64 * (2 * count)).from_address(self.code.fetches())
         self.fetched = np.array(array, dtype=np.uint64).reshape(count, 2)
 

@@ -38,6 +38,11 @@ struct Copy {  // or bytes sent
   bool in_tile;  // a line of one, in whose order its 16-byte pieces are to lie
   char sent[16];
 };
+struct Piece {  // 16 bytes that a thread fetches for itself
+  char* to;
+  const char* from;  // null: zeros
+  int group;
+};
 struct Product {  // of tiles, for the sums of a thread
   float* sum;
   int sums;
@@ -52,6 +57,8 @@ struct Fiber {
   std::vector<Copy> copies;  // that it asked for and that are on their way
   std::vector<Product> products;
   int groups;  // of products that it ended
+  std::vector<Piece> pieces;
+  int groups_of_pieces;
   bool arrived, in_cluster;  // at the cluster's meeting; behind it
 };
 struct Cta {
@@ -186,6 +193,7 @@ static void progress() {
 // The fiber whose turn it is has nothing more to do.
 static void end_fiber() {
   fibers[current].done = true, alive--;
+  if (!fibers[current].pieces.empty()) fault = "a copy that nobody waits for";
   Cta& mine = my_cta();
   if (--mine.alive > 0) return;
   for (const Fiber& fiber : fibers)
@@ -207,8 +215,8 @@ static void prepare(void (*entry)(), char* stacks) {
   for (Warp& warp : warps) warp.meeting = Meeting();
   for (Fiber& fiber : fibers) {
     fiber.begun = fiber.done = fiber.arrived = fiber.in_cluster = false;
-    fiber.waits_for = nullptr, fiber.groups = 0;
-    fiber.copies.clear(), fiber.products.clear();
+    fiber.waits_for = nullptr, fiber.groups = fiber.groups_of_pieces = 0;
+    fiber.copies.clear(), fiber.products.clear(), fiber.pieces.clear();
     getcontext(&fiber.start);
     fiber.start.uc_stack.ss_sp = stacks + (&fiber - fibers) * (size_t)STACK;
     fiber.start.uc_stack.ss_size = STACK;

@@ -19,7 +19,7 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hrm_text.kernels import streamed
+from hrm_text.kernels import attention_hopper, streamed
 from hrm_text.kernels.attention import _decode, splits_for, tile
 from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, _decode_many, stages_for
 from hrm_text.kernels.gemm import _gemm, tile_for
@@ -32,8 +32,7 @@ from hrm_text.kernels.linear import (
     register_tile,
     tensor_core_parts,
 )
-from hrm_text.kernels.pointwise import COLUMNS, _factors, _gate, _rms, _rope_write, _swiglu
-from hrm_text.kernels.pointwise import HEADS as HEADS_AT_ONCE
+from hrm_text.kernels.pointwise import COLUMNS, ROPE_ROWS, _factors, _gate, _rms, _rope_write, _swiglu
 from hrm_text.kernels.staged import COPIES, Geometry, code_for
 from hrm_text.kernels.swiglu import _scaled_swiglu
 
@@ -137,6 +136,9 @@ def main() -> None:
             division = streamed.Geometry.of(whole, width, norm, swiglu, residual, tokens)
             title = f"streamed {whole} {width} {division.shared_bytes} tokens {tokens}"
             check_cuda(title, partial(streamed.code_for, division), streamed.REGISTERS)
+    for tokens, division_of_contexts in attention_hopper.TILES.items():
+        title = f"attention {tokens} {division_of_contexts.shared_bytes}"
+        check_cuda(title, partial(attention_hopper.code_for, division_of_contexts), attention_hopper.REGISTERS)
         one = {"BLOCK": block, "COLUMNS": register_columns(width), "PDL": True}
         print("in registers", rows, width, compile_kernel(_in_registers, shape | one, warps))
         warps, columns = tensor_core_parts(width)
@@ -175,8 +177,8 @@ def main() -> None:
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
     print("factors", compile_kernel(_factors, {"PARTS": 8, "WIDE": 8, "ROWS": 64, "PDL": True}, 4))
     for scale in (True, False):
-        rope = {"PAGE": 16, "HALF": DIM // 2, "HEADS": HEADS_AT_ONCE, "SCALE": scale}
-        print("rope", compile_kernel(_rope_write, rope | one, 4))
+        rope = {"PAGE": 16, "HALF": DIM // 2, "HEADS": 16, "SCALE": scale}
+        print("rope", compile_kernel(_rope_write, rope | one | {"ROWS": ROPE_ROWS}, 8))
         print("gate", compile_kernel(_gate, {"WIDTH": HIDDEN, "WIDE": 2048, "SCALE": scale} | one, 4))
     print("swiglu of a prefill", compile_kernel(_swiglu, {"COLUMNS": COLUMNS} | one, 4))
     compile_quack()

@@ -158,7 +158,8 @@ def check_chain_in_a_graph(chain: list[Case]) -> None:
 
 
 def check_step(shape: HrmTextShape, tokens: int, why_not: str) -> None:
-    """A step equals one on Triton, which a reason in `FusedDecode`'s attribute `why_not` makes of it."""
+    """A step equals one on Triton, which a reason in the attribute `why_not` of `FusedDecode`, or of its attention,
+    makes of it."""
     body = HrmTextBody(shape, PlainLayers(), "model").to(DEVICE, torch.bfloat16)
     torch.manual_seed(tokens)
     for parameter in body.parameters():
@@ -177,10 +178,10 @@ def check_step(shape: HrmTextShape, tokens: int, why_not: str) -> None:
         cos_sin=rope_table(shape).to(DEVICE),
     )
     fused = FusedDecode(body, torch.device(DEVICE))
-    steps = []
+    steps, owner = [], fused if hasattr(fused, why_not) else fused.attention
     for reason in (None, "compared with"):
-        assert getattr(fused, why_not) is None
-        setattr(fused, why_not, reason)
+        assert getattr(owner, why_not) is None
+        setattr(owner, why_not, reason)
         z_H, z_L = body.begin(x)
         steps.append(fused(z_H, z_L.contiguous(), batch, lambda slot: (cache[slot, 0], cache[slot, 1])).double())
     assert error(*steps) <= 4 * TOLERANCE  # which 8 layer calls add up to

@@ -11,40 +11,35 @@ from hrm_text.kernels import attention_many
 from hrm_text.kernels.attention import MAX_SPLIT_TOKENS, DecodeAttention, DecodeBatch, splits_for
 from hrm_text.kernels.staged import in_rows
 from tests.kernels.conftest import DEVICE
-from tests.kernels.test_linear import EPS, TOLERANCE, draw, error
+from tests.kernels.test_linear import DTYPE, EPS, TOLERANCE, draw, error
 
 HEADS, DIM = (12, 128) if DEVICE == "cuda" else (2, 16)
 LONGEST = 4096 if DEVICE == "cuda" else 200
 
 
-def rope(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """neox rotation of (tokens, heads, dim) by (tokens, dim / 2) angles."""
-    a, b = x.chunk(2, dim=-1)
-    cos, sin = angles.cos()[:, None], angles.sin()[:, None]
-    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def angle_table(positions: int) -> torch.Tensor:
-    frequencies = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
+def angle_table(positions: int, dim: int) -> torch.Tensor:
+    frequencies = 10000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
     return torch.arange(positions, dtype=torch.float64)[:, None] * frequencies
 
 
 class Case:
     """Random requests over a paged cache, every number of it drawn from `seed`."""
 
+    heads, dim, dtype = HEADS, DIM, DTYPE
+
     def __init__(self, lengths: list[int], page_size: int, ragged: bool, normed: bool, seed: int) -> None:
         self.lengths, self.page_size = lengths, page_size
+        heads, dim = self.heads, self.dim
         tokens, hidden = len(lengths), 96
         pages = [-(-length // page_size) for length in lengths]
         generator = torch.Generator().manual_seed(seed)
         numbers = (torch.randperm(sum(pages), generator=generator) + 1).tolist()
         self.pages = [[numbers.pop() for _ in range(count)] for count in pages]
-        shape = (sum(pages) + 1, page_size, HEADS, DIM)
-        self.k_cache, self.v_cache = draw(*shape, seed=seed + 1), draw(*shape, seed=seed + 2)
-        self.gqkv = draw(tokens, 4 * HEADS * DIM, seed=seed + 3)
+        shape = (sum(pages) + 1, page_size, heads, dim)
+        self.k_cache, self.v_cache = (draw(*shape, seed=seed + i).to(self.dtype) for i in (1, 2))
+        self.gqkv = draw(tokens, 4 * heads * dim, seed=seed + 3).to(self.dtype)
         self.x = draw(tokens, hidden, seed=seed + 4, scale=4.0) if normed and tokens > MAX_SPLIT_TOKENS else None
-        angles = angle_table(max(lengths))
-        self.angles = angles[torch.tensor(lengths) - 1].to(DEVICE)
+        angles = angle_table(max(lengths), dim)
         slots = [
             row[-1] * page_size + (length - 1) % page_size for row, length in zip(self.pages, lengths, strict=True)
         ]
@@ -66,19 +61,25 @@ class Case:
             cos_sin=torch.cat([angles.cos(), angles.sin()], -1).to(DEVICE, torch.float32),
         )
 
+    def rotated(self, x: torch.Tensor) -> torch.Tensor:
+        """neox rotation of (tokens, heads, dim), float64."""
+        a, b = x.double().chunk(2, dim=-1)
+        cos, sin = self.batch.cos_sin[self.batch.positions][:, None].double().chunk(2, -1)
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
     def expected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Output, and the key and value of the new tokens, in float64."""
         factor: torch.Tensor | float = 1.0
         if self.x is not None:
             factor = torch.rsqrt(self.x.double().square().mean(-1, keepdim=True) + EPS)
-        gate, q, k, v = ((self.gqkv.double() * factor).view(-1, 4, HEADS, DIM)).unbind(1)
-        q, k = rope(q, self.angles), rope(k, self.angles)
+        gate, q, k, v = ((self.gqkv.double() * factor).view(-1, 4, self.heads, self.dim)).unbind(1)
+        q, k = self.rotated(q), self.rotated(k)
         rows = []
         for row, (pages, length) in enumerate(zip(self.pages, self.lengths, strict=True)):
             keys = self.k_cache[pages].double().flatten(0, 1)[: length - 1]
             values = self.v_cache[pages].double().flatten(0, 1)[: length - 1]
             keys, values = torch.cat([keys, k[row, None]]), torch.cat([values, v[row, None]])
-            weights = torch.einsum("hd,thd->ht", q[row] * DIM**-0.5, keys).softmax(-1)
+            weights = torch.einsum("hd,thd->ht", q[row] * self.dim**-0.5, keys).softmax(-1)
             rows.append(torch.einsum("ht,thd->hd", weights, values))
         return (torch.stack(rows) * gate.sigmoid()).flatten(1), k, v
 
@@ -185,15 +186,16 @@ def test_graph_padding_reads_nothing() -> None:
 
 def spoil_all_but_earlier_tokens(case: Case) -> None:
     """Every line of the cache that belongs to no earlier token is NaN, those of the new tokens included."""
-    earlier = [
-        pages[at // case.page_size] * case.page_size + at % case.page_size
+    places = [
+        (pages[at // case.page_size], at % case.page_size)
         for pages, length in zip(case.pages, case.lengths, strict=True)
         for at in range(length - 1)
     ]
+    earlier = tuple(torch.tensor(places, dtype=torch.int64, device=DEVICE).view(-1, 2).unbind(1))
     for cache in (case.k_cache, case.v_cache):
-        lines, kept = cache.view(-1, HEADS, DIM), cache.view(-1, HEADS, DIM)[earlier]
-        lines[:] = float("nan")
-        lines[earlier] = kept
+        kept = cache[earlier]
+        cache[:] = float("nan")
+        cache[earlier] = kept
 
 
 @settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -266,7 +268,7 @@ def test_what_half_precision_cuts_off_is_kept() -> None:
     case.gqkv = 4 * case.gqkv.float()
     got = attend(case)  # first: it writes the new token, which it attends to as the cache holds it
     gate, q, _, _ = case.gqkv.double().view(-1, 4, HEADS, DIM).unbind(1)
-    q = rope(q, case.angles)
+    q = case.rotated(q)
     rows = []
     for row, pages in enumerate(case.pages):
         keys, values = (cache[pages].double().flatten(0, 1)[:40] for cache in (case.k_cache, case.v_cache))

@@ -42,7 +42,7 @@ PROJECTIONS = projections.PROJECTIONS | {
 
 def emulation(case: Case, seed: int = 0, edit: Edit = lambda text: text, **sizes: int) -> Emulated:
     rows, width = case.weight.shape
-    chosen = {"ctas": 3, "warps": 4, "slots": 3, "registers": 64} | sizes
+    chosen = {"ctas": 3, "warps": 4, "slots": 3, "registers": 64, "ahead": 2} | sizes
     return Emulated(Geometry(rows, width, case.norm, case.swiglu, case.residual is not None, **chosen), seed, edit)
 
 
@@ -55,17 +55,18 @@ def emulation(case: Case, seed: int = 0, edit: Edit = lambda text: text, **sizes
     tokens=st.integers(1, 8),
     ctas=st.integers(1, 3),
     slots=st.integers(1, 7),
+    ahead=st.integers(1, 4),
     seed=st.integers(0, 1000),
 )
 def test_emulated_projections_equal_float64(
-    width: int, quads: int, kind: tuple[bool, bool, bool], tokens: int, ctas: int, slots: int, seed: int
+    width: int, quads: int, kind: tuple[bool, bool, bool], tokens: int, ctas: int, slots: int, ahead: int, seed: int
 ) -> None:
     quads = max(8, quads // 8 * 8) if kind[2] else quads  # whole blocks of the residual
     case = Case(4 * quads, width, *kind, tokens, seed)
     tile, warps = min(4, slots), 4
     sums = 4 * warps * 8 * (4 * tile + (0 if tile % 2 else 4)) * ceil(ceil(quads / ctas) / tile)
     assume(sums <= slots * slot_bytes(width))  # which take the ring's place
-    kernel = emulation(case, seed, ctas=ctas, slots=slots, warps=warps)
+    kernel = emulation(case, seed, ctas=ctas, slots=slots, warps=warps, ahead=ahead)
     assert error(case.run(kernel), case.expected()) <= TOLERANCE
     assert kernel.early_writes == 0
 

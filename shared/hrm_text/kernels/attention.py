@@ -1,8 +1,8 @@
 """Decode attention of one layer with what surrounds it: RoPE, the KV write, the gate.
 
-One query token a request, its KV in pages that a table names. A program takes a split of the context of one head of
-one request; the last split to arrive combines them, so there is no second kernel. Many requests have a kernel of
-their own, in `attention_many`.
+One query token a request, its KV in pages that a table names. On Hopper up to 128 requests run on CUDA
+(`attention_hopper`). Here a program takes a split of the context of one head of one request; the last split to arrive
+combines them, so there is no second kernel. Many requests have a kernel of their own, in `attention_many`.
 """
 
 from dataclasses import dataclass
@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from hrm_text.kernels.attention_hopper import MAX_TOKENS as MAX_CUDA_TOKENS
+from hrm_text.kernels.attention_hopper import paged_attention, takes
 from hrm_text.kernels.attention_many import ManyRequests
 from hrm_text.kernels.attention_parts import (
     combined,
@@ -206,11 +208,13 @@ class DecodeAttention:
 
     Attributes:
         shares: tokens up to which it shares multiprocessors with kernels that make all of L1 shared memory.
+        why_not_cuda: why `attention_hopper` does not run what it takes; None where it does.
     """
 
     def __init__(self, heads: int, head_dim: int, device: torch.device) -> None:
         self.heads, self.head_dim = heads, head_dim
         self.shares = 0
+        self.why_not_cuda: str | None = "nobody asked for it"
         self._carved: set[int] = set()
         room = max(tokens * splits_for(tokens, heads) for tokens in range(1, MAX_SPLIT_TOKENS + 1))
         self.partial, self.stats, self.arrivals = scratch(room * heads, MAX_SPLIT_TOKENS * heads, head_dim, device)
@@ -241,6 +245,9 @@ class DecodeAttention:
         """
         tokens = gqkv.shape[0]
         out = room_for(copies, tokens, self.heads * self.head_dim, gqkv)
+        if not self.why_not_cuda and tokens <= MAX_CUDA_TOKENS and x is None and takes(k_cache, v_cache, batch):
+            paged_attention(gqkv, out, k_cache, v_cache, batch, copies)
+            return out
         if tokens > MAX_SPLIT_TOKENS:
             if copies:
                 raise ValueError(f"copies={copies}: {tokens} tokens have none; the limit is {MAX_SPLIT_TOKENS} tokens")

@@ -36,6 +36,8 @@ def choose(
             how = "weights staged in shared memory" if staged is None else f"Triton's alone, for {staged}"
             if streamed and not staged:
                 how += f"; from 9 tokens on Triton's, for {streamed}"
+            if fused.attention.why_not_cuda and not staged:
+                how += f"; attention is Triton's, for {fused.attention.why_not_cuda}"
             logger.info("HRM-Text: decode runs on the fused kernels (%s)", how)
             return fused
     # A user who switched them off, or whose hardware has none, need not be warned.

@@ -1,7 +1,7 @@
 """A decode step's recurrence on the fused kernels: five a layer, beyond 128 tokens two and four GEMMs.
 
 Where they run, projections are CUDA kernels: up to 8 tokens those whose weights wait in shared memory, up to 128 those
-by which weights stream. Else Triton's.
+by which weights stream; and so is attention up to 128. Else Triton's.
 
 `FusedDecode` reads the weights of an `hrm_text.model.HrmTextBody`, so what it computes is that module's own function.
 """
@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from hrm_text.config import HrmTextShape
-from hrm_text.kernels import staged, streamed
+from hrm_text.kernels import attention_hopper, staged, streamed
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
@@ -58,10 +58,12 @@ class FusedDecode:
         kinds = [(name, (*shapes[name], *AROUND[name])) for name in AROUND]
         # Attention reads rows of gqkv, a head's columns in one program.
         copied = [(*kind, copies) for name, kind in kinds for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))]
-        with ThreadPoolExecutor(1) as pool:  # both compile
+        with ThreadPoolExecutor(2) as pool:  # all compile
+            attention_off = pool.submit(attention_hopper.why_not, shape.head_dim, dtype, device)
             streamed_off = pool.submit(streamed.why_not, [kind for _, kind in kinds], dtype, device)
             self.why_not_staged = staged.why_not(copied, dtype, device)
             self.why_not_streamed = self.why_not_staged or streamed_off.result()
+            self.attention.why_not_cuda = attention_off.result()
         if self.why_not_staged is None:
             self.attention.shares = staged.MAX_TOKENS if self.why_not_streamed else streamed.MAX_TOKENS
 

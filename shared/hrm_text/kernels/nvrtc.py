@@ -105,7 +105,7 @@ class DependentKernel:
     Args:
         code: as `compile_for_hopper` returns it; the module is loaded for as long as the process runs.
         name: of the kernel, which takes one structure by value.
-        ctas, threads: its launch.
+        ctas, threads: its launch; CTAs where a call does not say.
         shared_bytes: of dynamic shared memory.
         cluster: CTAs of a cluster.
         dependent: whether it may start early; for measurements.
@@ -148,8 +148,16 @@ class DependentKernel:
         if cluster > 1 and checked_cuda(driver.cuOccupancyMaxActiveClusters(self.function, config)) < 1:
             raise RuntimeError(f"{cluster} CTAs of {shared_bytes} bytes of shared memory each find no room together")
 
-    def __call__(self, params: ctypes.Structure) -> None:
+    def __call__(self, params: ctypes.Structure, ctas: int | None = None) -> None:
+        """Launch it.
+
+        Args:
+            params: the structure.
+            ctas: where it is another number each time.
+        """
         arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
         with self.lock:  # `ahead.py` launches from several threads
+            if ctas is not None:
+                self.config.gridDimX = ctas
             self.config.hStream = self.driver.CUstream(torch.cuda.current_stream().cuda_stream)
             checked_cuda(self.driver.cuLaunchKernelEx(self.config, self.function, ctypes.addressof(arguments), 0))

@@ -15,8 +15,8 @@ from hrm_text.kernels.launch import dependent_launch, launch_options
 from hrm_text.kernels.staged import BLOCK
 
 COLUMNS_TOGETHER = tl.constexpr(BLOCK)  # a name that kernels may read
-HEADS = 4  # of a token in one program: 3 KiB to read
 COLUMNS = 2048  # of SwiGLU in one program
+ROPE_ROWS = 2  # tokens of a program: 94 us of 16,384, where a program of 4 heads of one took 103
 
 
 @dataclass(frozen=True)
@@ -36,14 +36,16 @@ class PrefillBatch:
     cos_sin: torch.Tensor
 
 
-def rows_of(device: torch.device) -> int:
-    """Tokens a program: one on a GPU; the interpreter takes programs one by one, and large ones as fast as small."""
-    return 1 if device.type == "cuda" else 64
+def rows_of(device: torch.device, rows: int = 1) -> int:
+    """Tokens a program: `rows` on a GPU; the interpreter takes programs one by one, and large ones as fast as small."""
+    return rows if device.type == "cuda" else 64
 
 
-def options(device: torch.device) -> dict[str, Any]:
+def options(device: torch.device, rows: int = 1, warps: int = 4) -> dict[str, Any]:
     """Of every launch here."""
-    return {"ROWS": rows_of(device), "PDL": dependent_launch(device), "num_warps": 4, **launch_options(device)}
+    return {
+        "ROWS": rows_of(device, rows), "PDL": dependent_launch(device), "num_warps": warps, **launch_options(device)
+    }  # fmt: skip
 
 
 @triton.jit
@@ -188,7 +190,7 @@ def _rope_write(
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
     token = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    head = tl.arange(0, HEADS)
     lane = tl.arange(0, HALF)
     there = token < tokens
     mask = there[:, None, None] & (head < heads)[None, :, None] & (lane < HALF)[None, None, :]
@@ -244,11 +246,12 @@ def rope_write(
         k_cache, v_cache: (pages, page_size, heads, head_dim), any strides but the last, which is 1.
     """
     heads, head_dim = k_cache.shape[2:]
-    grid = triton.cdiv(len(gqkv), rows_of(gqkv.device)), triton.cdiv(heads, HEADS)
-    _rope_write[grid](
+    rows = rows_of(gqkv.device, ROPE_ROWS)
+    _rope_write[(triton.cdiv(len(gqkv), rows),)](
         gqkv, factors, batch.positions, batch.write_slots, batch.cos_sin, k_cache, v_cache, len(gqkv), heads,
         *k_cache.stride()[:3], *v_cache.stride()[:3],
-        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=HEADS, SCALE=factors is not None, **options(gqkv.device),
+        PAGE=batch.page_size, HALF=head_dim // 2, HEADS=triton.next_power_of_2(heads), SCALE=factors is not None,
+        **options(gqkv.device, ROPE_ROWS, warps=8),
     )  # fmt: skip
 
 

@@ -58,9 +58,8 @@ struct Share {
 
 // ---- The producer: a lane for each row of a quad.
 
-// Quads on their way at a time: as many as bandwidth needs. With the whole ring asked for at once, what the kernels around
-// wait for (x, the cache) queues behind 20 MB of W.
-constexpr int AHEAD = 3;
+// AHEAD quads are on their way at a time: as many as bandwidth needs. With the whole ring asked for at once, what the
+// kernels around wait for (x, the cache) queues behind 20 MB of W.
 
 DEVICE const u16* row_of(const u16* w, int quad, int row) {
   const int at = SWIGLU ? 2 * quad + row % 2 + row / 2 * OUTPUTS : 4 * quad + row;

@@ -24,21 +24,23 @@ class Tile:
         ring: KiB of its rows that wait in shared memory.
         warps: that multiply, at most; each owns a slice of the columns.
         registers: of a thread.
+        ahead: quads of rows that are on their way at a time.
     """
 
     ring: int
     warps: int
     registers: int
+    ahead: int
 
 
 # Neighbours fit together into a multiprocessor: its 228 KiB, of which each CTA takes 1 KiB more than it asks for, and
 # its 65536 registers. gqkv, attention and o; attention, o and gate_up; gate_up and down; down, the next gqkv and its
 # attention.
 TILES = {
-    "gqkv": Tile(ring=112, warps=8, registers=72),
-    "o": Tile(ring=50, warps=8, registers=64),
-    "gate_up": Tile(ring=124, warps=8, registers=80),
-    "down": Tile(ring=98, warps=16, registers=64),
+    "gqkv": Tile(ring=112, warps=8, registers=72, ahead=3),
+    "o": Tile(ring=50, warps=8, registers=64, ahead=1),
+    "gate_up": Tile(ring=124, warps=8, registers=80, ahead=4),
+    "down": Tile(ring=98, warps=16, registers=64, ahead=1),
 }
 
 
@@ -53,6 +55,7 @@ class Geometry:
         warps: that multiply.
         slots: of the ring, 4 rows each.
         registers: of a thread, at most.
+        ahead: quads that are on their way at a time.
         copies: of the result in blocks; 0 for one in rows.
     """
 
@@ -65,6 +68,7 @@ class Geometry:
     warps: int
     slots: int
     registers: int
+    ahead: int
     copies: int = 0
 
     @classmethod
@@ -78,14 +82,14 @@ class Geometry:
             warps //= 2
         slots = max(1, tile.ring * 1024 // slot_bytes(width))
         ctas = min(processors, rows // 4)
-        return cls(rows, width, norm, swiglu, residual, ctas, warps, slots, tile.registers, copies)
+        return cls(rows, width, norm, swiglu, residual, ctas, warps, slots, tile.registers, tile.ahead, copies)
 
     @property
     def macros(self) -> tuple[str, ...]:
         """Options of the compiler."""
         values = {"K": self.width} | {
             name.upper(): int(getattr(self, name))
-            for name in ("rows", "norm", "swiglu", "residual", "ctas", "warps", "slots", "registers", "copies")
+            for name in ("rows", "norm", "swiglu", "residual", "ctas", "warps", "slots", "registers", "ahead", "copies")
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 

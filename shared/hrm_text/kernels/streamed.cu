@@ -13,6 +13,9 @@ constexpr int W_STAGE = ROWS_HERE * 128, X_STAGE = TOKENS * 128, RINGS = X_STAGE
 constexpr int OUTPUTS = SWIGLU ? ROWS / 2 : ROWS, OUTPUTS_HERE = SWIGLU ? ROWS_HERE / 2 : ROWS_HERE;
 constexpr int SENT = ROWS_HERE / 8 * 32;                // four numbers each, that a warp sends
 constexpr int OWNED = (CONSUMERS + SPLITS - 1) / SPLITS;  // warps whose tokens a CTA finishes
+// Of W on its way at a time, ahead of the last kernel's end: as many as bandwidth needs. What the kernels around wait for
+// (x, the cache) queues behind them.
+constexpr int AHEAD = W_STAGES < 6 ? W_STAGES : 6;
 constexpr int PARTS = 32;                               // of a token's squares, at most
 static_assert(WARPS == CONSUMERS + 2 && SPLITS <= 4, "threads");
 static_assert(K % (SPLITS * DEPTH) == 0 && ROWS % ROWS_HERE == 0 && TOKENS % 8 == 0, "division");
@@ -69,6 +72,12 @@ template <int STAGES> struct Turn {
   }
 };
 
+DEVICE void fill_ring_of_w(const Params& p, const Shared& shared, u64 policy) {
+  for (int i = AHEAD; i < W_STAGES; i++) {
+    wait(&shared.w_there[i - AHEAD]);
+    fetch_w(p, shared, i, i, policy);
+  }
+}
 DEVICE void fetch_rest_of_w(const Params& p, const Shared& shared, u64 policy) {
   Turn<W_STAGES> turn;
   for (int step = W_STAGES; step < STEPS; step++, turn.next()) {
@@ -244,11 +253,12 @@ KERNEL streamed(CONSTANT Params p) {
   if (fetches_w) {
     make_barriers(p, shared);
     policy = read_once_policy();
-    for (int i = 0; i < W_STAGES; i++) fetch_w(p, shared, i, i, policy);
+    for (int i = 0; i < AHEAD; i++) fetch_w(p, shared, i, i, policy);
   }
   sync_warp();
   arrive_in_cluster();
   wait_for_cluster();
+  if (fetches_w) fill_ring_of_w(p, shared, policy);
 
   // What the last kernel wrote is read, and what an earlier one may read is written, from here on.
   wait_for_last_kernel();

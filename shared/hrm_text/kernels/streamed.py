@@ -41,26 +41,26 @@ class Tile:
 TILES = {
     16: {
         "gqkv": Tile(48, 1, 24, 160),
-        "o": Tile(48, 4, 6, 97),
+        "o": Tile(48, 4, 6, 90),
         "gate_up": Tile(64, 1, 24, 160),
         "down": Tile(48, 4, 16, 97),
     },
     32: {
-        "gqkv": Tile(48, 1, 20, 160),
+        "gqkv": Tile(48, 1, 16, 145),
         "o": Tile(48, 4, 6, 97),
-        "gate_up": Tile(64, 1, 12, 160),
+        "gate_up": Tile(64, 1, 12, 145),
         "down": Tile(48, 4, 12, 97),
     },
     64: {
-        "gqkv": Tile(48, 1, 8, 97),
-        "o": Tile(48, 4, 6, 97),
-        "gate_up": Tile(64, 1, 6, 129),
-        "down": Tile(48, 4, 6, 97),
+        "gqkv": Tile(48, 1, 10, 141),
+        "o": Tile(48, 4, 4, 90),
+        "gate_up": Tile(64, 1, 8, 141),
+        "down": Tile(48, 4, 4, 90),
     },
     128: {
-        "gqkv": Tile(48, 1, 6, 160),
+        "gqkv": Tile(48, 1, 6, 145),
         "o": Tile(48, 4, 3, 97),
-        "gate_up": Tile(64, 1, 4, 145),
+        "gate_up": Tile(64, 1, 6, 155),
         "down": Tile(48, 4, 3, 97),
     },
 }

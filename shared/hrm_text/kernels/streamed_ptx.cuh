@@ -79,6 +79,7 @@ DEVICE void send(u32 to, float4 values, u32 barrier) {
 
 // A number that is the same in all lanes of a warp, so that the compiler knows it.
 DEVICE int same_in_warp(int value) { return __shfl_sync(~0u, value, 0); }
+DEVICE u32 from_lane(u32 value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float from_lane(float value, int lane) { return __shfl_sync(~0u, value, lane); }
 DEVICE float other_lane(float value, int distance) { return __shfl_xor_sync(~0u, value, distance); }
 DEVICE u32 other_lane(u32 value, int distance) { return __shfl_xor_sync(~0u, value, distance); }
