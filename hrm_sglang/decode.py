@@ -8,7 +8,7 @@ import torch
 
 from hrm_text.kernels.ahead import compile_ahead
 from hrm_text.kernels.attention import DecodeBatch
-from hrm_text.kernels.choice import choose
+from hrm_text.kernels.choice import choose, prepare
 from hrm_text.kernels.decode import FusedDecode
 from hrm_text.kernels.launch import check_option
 from hrm_text.kernels.products import products_of_many
@@ -29,6 +29,7 @@ class Decoder:
 
     def __init__(self, body: HrmTextBody) -> None:
         check_option()  # so that a wrong one stops the engine as it starts
+        prepare(body)
         self.body = body
         self.layers = body.attention_layers()
         self._decided = self._compiled = False

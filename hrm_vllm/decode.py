@@ -13,7 +13,7 @@ from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.forward_context import get_forward_context, is_forward_context_available
 from vllm.logger import init_logger
 
-from hrm_text.kernels.choice import choose
+from hrm_text.kernels.choice import choose, prepare
 from hrm_text.kernels.launch import check_option
 from hrm_text.model import HrmTextBody
 
@@ -41,6 +41,8 @@ class Decoder:
 
     def __init__(self, body: HrmTextBody, config: VllmConfig) -> None:
         check_option()  # so that a wrong one stops the engine as it starts
+        if why_not_config(config) is None:
+            prepare(body)
         self.body = body
         self.layers = body.attention_layers()
         self.fused: FusedDecode | None = None

@@ -1,4 +1,4 @@
-"""All kernels, compiled side by side before the engine asks for one after the other."""
+"""All kernels, compiled side by side before the engine asks for one after the other, the CUDA ones earlier still."""
 
 import os
 from collections.abc import Callable, Sequence
@@ -7,14 +7,43 @@ from functools import partial
 
 import torch
 
+from hrm_text.kernels import attention_hopper, staged, streamed
 from hrm_text.kernels.attention import DecodeBatch
-from hrm_text.kernels.decode import FusedDecode, KVCaches
+from hrm_text.kernels.decode import FusedDecode, KVCaches, kinds_of, why_not
+from hrm_text.kernels.launch import capability
 from hrm_text.kernels.pointwise import PrefillBatch, factors_of, gate_in_place, rope_write
 from hrm_text.kernels.prefill import FusedPrefill, first_layer
 from hrm_text.kernels.products import ADD_COLUMNS
+from hrm_text.model import HrmTextBody
 
 # One for each set of kernels that differ in what the compiler knows of the batch.
 SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 256, 512)
+
+
+def begin_compiling(body: HrmTextBody) -> None:
+    """Have the CUDA kernels of decode steps compiled in the background, while the engine reads weights.
+
+    Args:
+        body: whose weights have their shapes, if not their numbers yet.
+    """
+    parameter = next(body.parameters())
+    dtype, device = parameter.dtype, parameter.device
+    if dtype != torch.bfloat16 or capability(device) != 9 or why_not(body, dtype) is not None:
+        return
+    kinds, copied = kinds_of(body.shape)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    jobs: list[Callable[[], bytes]] = []
+    if all(staged.fits(*kind[:2]) for kind in kinds):
+        rings = [staged.Geometry.of(*kind[:5], processors, kind[5]) for kind in copied]
+        jobs += [partial(staged.code_for, ring) for ring in rings]
+        streams = [streamed.Geometry.of(*kind, tokens) for kind in kinds for tokens in streamed.TOKENS]
+        jobs += [partial(streamed.code_for, stream) for stream in streams if stream.fits]
+    if body.shape.head_dim == attention_hopper.HEAD_DIM:
+        jobs += [partial(attention_hopper.code_for, tile) for tile in attention_hopper.TILES.values()]
+    pool = ThreadPoolExecutor(os.cpu_count() or 1, "nvrtc")
+    for job in jobs:
+        pool.submit(job)
+    pool.shutdown(wait=False)
 
 
 def compile_ahead(

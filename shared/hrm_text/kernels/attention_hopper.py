@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_loaded
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, once, source, why_not_loaded
 
 if TYPE_CHECKING:
     from hrm_text.kernels.attention import DecodeBatch
@@ -104,7 +104,7 @@ class Attention:
         self.launch(params, -(-clusters * self.splits // self.together) * self.together)
 
 
-@functools.cache
+@once
 def code_for(tile: Tile) -> bytes:
     """Machine code of the kernel."""
     return compile_for_hopper(source(*SOURCES), "attention.cu", tile.macros)

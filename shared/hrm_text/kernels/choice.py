@@ -12,6 +12,18 @@ if TYPE_CHECKING:  # it imports Triton, which an engine on a CPU need not have
     from hrm_text.kernels.decode import FusedDecode
 
 
+def prepare(body: HrmTextBody) -> None:
+    """Begin what `choose` will wait for, where it is to choose the fused kernels; at once.
+
+    Args:
+        body: with its weights on their device, loaded or not.
+    """
+    if why_off(next(body.parameters()).device) is None:
+        from hrm_text.kernels.ahead import begin_compiling
+
+        begin_compiling(body)
+
+
 def choose(
     body: HrmTextBody, dtype: torch.dtype, device: torch.device, engine: str, reason: str | None, logger: logging.Logger
 ) -> "FusedDecode | None":

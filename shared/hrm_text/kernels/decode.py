@@ -53,14 +53,11 @@ class FusedDecode:
         shape = body.shape
         self.eps = shape.rms_norm_eps
         self.attention = DecodeAttention(shape.num_heads, shape.head_dim, device)
-        shapes, dtype = weight_shapes(shape), next(body.parameters()).dtype
-        self.project = Projections(list(shapes.values()), dtype, device)
-        kinds = [(name, (*shapes[name], *AROUND[name])) for name in AROUND]
-        # Attention reads rows of gqkv, a head's columns in one program.
-        copied = [(*kind, copies) for name, kind in kinds for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))]
+        dtype, (kinds, copied) = next(body.parameters()).dtype, kinds_of(shape)
+        self.project = Projections(list(weight_shapes(shape).values()), dtype, device)
         with ThreadPoolExecutor(2) as pool:  # all compile
             attention_off = pool.submit(attention_hopper.why_not, shape.head_dim, dtype, device)
-            streamed_off = pool.submit(streamed.why_not, [kind for _, kind in kinds], dtype, device)
+            streamed_off = pool.submit(streamed.why_not, kinds, dtype, device)
             self.why_not_staged = staged.why_not(copied, dtype, device)
             self.why_not_streamed = self.why_not_staged or streamed_off.result()
             self.attention.why_not_cuda = attention_off.result()
@@ -156,6 +153,17 @@ def weight_shapes(shape: HrmTextShape) -> dict[str, tuple[int, int]]:
         "gate_up_proj": (2 * shape.intermediate_size, shape.hidden_size),
         "down_proj": (shape.hidden_size, shape.intermediate_size),
     }
+
+
+def kinds_of(
+    shape: HrmTextShape,
+) -> tuple[list[tuple[int, int, bool, bool, bool]], list[tuple[int, int, bool, bool, bool, int]]]:
+    """What `streamed.why_not` and `staged.why_not` take of a model's projections."""
+    shapes = weight_shapes(shape)
+    kinds = {name: (*shapes[name], *around) for name, around in AROUND.items()}
+    # Attention reads rows of gqkv, a head's columns in one program.
+    copied = [(*kinds[name], copies) for name in kinds for copies in ((0,) if name == "gqkv_proj" else (1, COPIES))]
+    return list(kinds.values()), copied
 
 
 def why_not(body: HrmTextBody, dtype: torch.dtype) -> str | None:

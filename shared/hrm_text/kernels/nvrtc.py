@@ -1,11 +1,12 @@
 """CUDA kernels compiled at run time by NVRTC, and their launch."""
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -13,6 +14,28 @@ from hrm_text.kernels.launch import capability
 
 FOLDER = Path(__file__).parent
 ALL_SHARED = 100  # per cent of a multiprocessor's L1 that is shared memory
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+
+def once(function: Callable[[Argument], Result]) -> Callable[[Argument], Result]:
+    """`functools.cache`, of which a second caller waits for the first one's result."""
+    results: dict[Argument, Future[Result]] = {}
+    lock = threading.Lock()
+
+    @functools.wraps(function)
+    def call(argument: Argument) -> Result:
+        with lock:
+            first = argument not in results
+            result = results.setdefault(argument, Future())
+        if first:
+            try:
+                result.set_result(function(argument))
+            except BaseException as error:
+                result.set_exception(error)
+        return result.result()
+
+    return call
 
 
 def source(*names: str) -> str:

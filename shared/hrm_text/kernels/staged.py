@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, source, why_not_loaded
+from hrm_text.kernels.nvrtc import DependentKernel, compile_for_hopper, once, source, why_not_loaded
 
 MAX_TOKENS = 8
 BLOCK = 32  # columns that lie together, those of all tokens
@@ -126,7 +126,7 @@ class Params(ctypes.Structure):
 Launch = Callable[[ctypes.Structure], None]  # of `Params`
 
 
-@functools.cache
+@once
 def code_for(geometry: Geometry) -> bytes:
     """Machine code of the kernel."""
     return compile_for_hopper(source(*SOURCES), "staged.cu", geometry.macros)

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from hrm_text.kernels.nvrtc import DependentKernel, checked_cuda, compile_for_hopper, source, why_not_loaded
+from hrm_text.kernels.nvrtc import DependentKernel, checked_cuda, compile_for_hopper, once, source, why_not_loaded
 from hrm_text.kernels.staged import SHARED_BYTES
 
 TOKENS = (16, 32, 64, 128)  # a kernel for up to so many
@@ -218,7 +218,7 @@ class Streamed(DependentKernel):
         self.geometry = geometry
 
 
-@functools.cache
+@once
 def code_for(geometry: Geometry) -> bytes:
     """Machine code of the kernel."""
     return compile_for_hopper(source(*SOURCES), "streamed.cu", geometry.macros)
