@@ -17,7 +17,14 @@ HEAD_DIM = 128
 BLOCK = 16  # tokens that a warp takes at a time
 PIECE = 8  # elements of 16 bytes
 REGISTERS = 128  # of a thread
-SOURCES = ("staged_ptx.cuh", "streamed_ptx.cuh", "attention_ptx.cuh", "projection_parts.cuh", "attention.cu")
+SOURCES = (
+    "staged_ptx.cuh",
+    "streamed_ptx.cuh",
+    "attention_ptx.cuh",
+    "projection_parts.cuh",
+    "attention_block.cuh",
+    "attention.cu",
+)
 
 
 @dataclass(frozen=True)
