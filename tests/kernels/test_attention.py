@@ -169,14 +169,18 @@ def test_bad_numbers_come_through(bad: float, cache: str, length: int) -> None:
     assert got[1].isfinite().all()
 
 
-def test_graph_padding_reads_nothing() -> None:
-    """A padding row as SGLang makes it (one token, slot 0) and as vLLM does (no token, slot -1)."""
-    case = Case([5, 9, 9], 16, False, False, 0)
+def make_padding(case: Case) -> None:
+    """Two rows behind the first: one as SGLang has it (one token, slot 0) and one as vLLM does (no token, slot -1)."""
     assert case.batch.lengths is not None
     case.batch.lengths[1:] = torch.tensor([1, 0])
     case.batch.positions[1:] = 0
     case.batch.write_slots[1:] = torch.tensor([0, -1])
     case.batch.table[1:] = 0
+
+
+def test_graph_padding_reads_nothing() -> None:
+    case = Case([5, 9, 9], 16, False, False, 0)
+    make_padding(case)
     before = case.k_cache.clone()
     got = attend(case)
     assert got.isfinite().all()

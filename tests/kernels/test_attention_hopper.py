@@ -32,7 +32,7 @@ from tests.kernels import projections, test_attention
 from tests.kernels.conftest import DEVICE
 from tests.kernels.emulation import Emulated
 from tests.kernels.projections import GENERATED, ON_GPU, TOLERANCE, either, emulated, gpu
-from tests.kernels.test_attention import spoil_all_but_earlier_tokens
+from tests.kernels.test_attention import make_padding, spoil_all_but_earlier_tokens
 from tests.kernels.test_linear import error
 
 LONGEST = 4096 if ON_GPU else 300
@@ -133,13 +133,8 @@ def test_bad_numbers_come_through(tile: Tile, bad: float, where: str) -> None:
 
 @either
 def test_padding_writes_nothing() -> None:
-    """A padding row as SGLang makes it (one token, slot 0) and as vLLM does (no token, slot -1)."""
     case = Case([5, 9, 9], 16)
-    assert case.batch.lengths is not None
-    case.batch.lengths[1:] = torch.tensor([1, 0])
-    case.batch.positions[1:] = 0
-    case.batch.write_slots[1:] = torch.tensor([0, -1])
-    case.batch.table[1:] = 0
+    make_padding(case)
     before = case.k_cache.clone()
     assert case.run(kernel_of(SMALL)).isfinite().all()
     changed = (case.k_cache != before).flatten(2).any(-1).nonzero().tolist()
@@ -197,6 +192,8 @@ def test_what_it_takes() -> None:
     assert not takes(k[..., 1:], v[..., 1:], batch), "unaligned"
     assert not takes(k, v, replace(batch, page_size=48))
     assert not takes(k, v, replace(batch, cos_sin=batch.cos_sin.half()))
+    assert batch.lengths is not None
+    assert not takes(k, v, replace(batch, lengths=batch.lengths.long()))
 
 
 @pytest.mark.parametrize("tokens", TILES)

@@ -131,6 +131,7 @@ def kernel_for(tokens: int, device: int) -> Kernel:
 def takes(k_cache: torch.Tensor, v_cache: torch.Tensor, batch: "DecodeBatch") -> bool:
     """Whether the kernel reads a cache and a batch of this form: all that engines have but pages of 48 tokens."""
     last = sum((n - 1) * s for n, s in zip(k_cache.shape, k_cache.stride(), strict=True))
+    lengths = batch.lengths if batch.row_starts is None else batch.row_starts
     return (
         k_cache.dtype == v_cache.dtype == torch.bfloat16
         and k_cache.stride() == v_cache.stride()
@@ -140,6 +141,8 @@ def takes(k_cache: torch.Tensor, v_cache: torch.Tensor, batch: "DecodeBatch") ->
         and last < PIECE << 32
         and batch.page_size & (batch.page_size - 1) == 0
         and batch.cos_sin.dtype in (torch.bfloat16, torch.float32)
+        and lengths is not None
+        and lengths.dtype == torch.int32
     )
 
 
@@ -158,6 +161,7 @@ def paged_attention(
         kernel: that runs it, where it is not the device's own.
     """
     requests, heads = len(gqkv), k_cache.shape[2]
+    assert gqkv.is_contiguous() and gqkv.shape[1] == 4 * heads * HEAD_DIM and out.is_contiguous()
     if kernel is None:
         kernel = kernel_for(next(each for each in TILES if requests <= each), gqkv.device.index)
     wide = [each.element_size() == 8 for each in (batch.positions, batch.write_slots, batch.table)]
