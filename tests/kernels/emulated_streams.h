@@ -1,6 +1,7 @@
 // streamed_ptx.cuh for a CPU, on emulated.h. What is sent to another CTA takes its time as copies do; and a thread may not
 // send until it knows that the cluster's CTAs run.
 struct uint2 { u32 x, y; };
+struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
 
 // A tensor map, as emulation.py makes it.
@@ -105,6 +106,17 @@ DEVICE float read_4_bytes(const float* from) { return *from; }
 DEVICE void write_4_bytes(float* to, float value) {
   early_writes += !last_kernel_ended;
   *to = value;
+}
+DEVICE u32 read_pair(const u16* from) {
+  if ((uintptr_t)from % 4) fail("unaligned read");
+  u32 value;
+  memcpy(&value, from, 4);
+  return value;
+}
+DEVICE void write_pair(u16* to, u32 value) {
+  if ((uintptr_t)to % 4) fail("unaligned write");
+  early_writes += !last_kernel_ended;
+  memcpy(to, &value, 4);
 }
 DEVICE void write_16_bytes(u16* to, uint2 first, uint2 second) {
   if ((uintptr_t)to % 16) fail("unaligned write");

@@ -95,7 +95,7 @@ class Written(ctypes.Structure):
 def library(geometry: Geometry, edit: Edit) -> ctypes.CDLL:
     """The kernel for `geometry`, its source changed by `edit`."""
     if isinstance(geometry, streamed.Geometry):
-        emulation, warps, cluster = STREAMED, geometry.warps, geometry.tile.splits
+        emulation, warps, cluster = STREAMED, geometry.launched_warps, geometry.tile.splits
     elif isinstance(geometry, attention_hopper.Tile):
         emulation, warps, cluster = ATTENTION, geometry.warps, geometry.splits
     else:

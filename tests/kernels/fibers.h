@@ -193,6 +193,7 @@ static void progress() {
 // The fiber whose turn it is has nothing more to do.
 static void end_fiber() {
   fibers[current].done = true, alive--;
+  if (!fibers[current].arrived) arrive_at(all_of_cluster, 0, FIBERS);  // the cluster's meeting is of those that have not ended
   if (!fibers[current].pieces.empty()) fault = "a copy that nobody waits for";
   Cta& mine = my_cta();
   if (--mine.alive > 0) return;

@@ -25,6 +25,8 @@ constexpr int QUADS = ROWS / 4, OUTPUTS = SWIGLU ? ROWS / 2 : ROWS, PER_QUAD = S
 constexpr int MOST_QUADS = (QUADS + CTAS - 1) / CTAS;  // of a CTA
 constexpr int TILE = SLOTS < 4 ? SLOTS : 4;            // quads that are multiplied at a time
 constexpr int TILES = (MOST_QUADS + TILE - 1) / TILE;
+// Attention, which follows gqkv, brings more than W from memory: that would be in the way of what is still to come of it.
+constexpr bool LATE = NORM && !SWIGLU;
 constexpr int STRIDE = 4 * TILE + (TILE % 2 ? 0 : 4);    // floats of a token's sums: 8 tokens, 4 rows, 32 banks
 constexpr int BLOCKS = K / 32 / WARPS;  // of 32 columns, in a warp's slice
 constexpr int ROUNDS = (MOST_QUADS * PER_QUAD * MAX_TOKENS + 32 * WARPS - 1) / (32 * WARPS);
@@ -180,6 +182,7 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
 
   // What the last kernel wrote is read, and what an earlier one may read is written, from here on; all at once.
   wait_for_last_kernel();
+  if (LATE) launch_next_kernel();
   read_slice(b, start, 32 * p.tokens);
 #pragma unroll
   for (int i = 0; i < ROUNDS; i++)
@@ -213,7 +216,7 @@ DEVICE void consume(const Params& p, const Ring& ring, const Share& share, int l
 }
 
 KERNEL staged(CONSTANT Params p) {
-  launch_next_kernel();
+  if (!LATE) launch_next_kernel();
   const Ring ring(shared_memory());
   const Share share;
   if (thread() == 32 * WARPS) {

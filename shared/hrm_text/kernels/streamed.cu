@@ -2,7 +2,7 @@
 //
 // A CTA takes ROWS_HERE rows of W and PART columns, for all tokens; the CTAs of a cluster have the same rows. Both W and x
 // come through rings, 64 columns at a time. As much of W as its ring holds is on its way before the last kernel ends.
-// A warp has 16 tokens, and sends its sums to the same warp of the CTA of the cluster that finishes them.
+// A warp has 16 tokens. Their sums are finished by the same warps of all CTAs of the cluster, a part of the tokens each.
 
 constexpr int DEPTH = 64;  // columns of a stage: lines of 128 bytes, as the tensor cores want them
 constexpr int PART = K / SPLITS, STEPS = PART / DEPTH;
@@ -11,13 +11,14 @@ constexpr int CONSUMERS = 4 * WARPGROUPS;  // warps; behind them the one that fe
 // Of fewer than 64 tokens, products read what lies behind x as well, and nobody reads what comes of that.
 constexpr int W_STAGE = ROWS_HERE * 128, X_STAGE = TOKENS * 128, RINGS = X_STAGES * X_STAGE + W_STAGES * W_STAGE;
 constexpr int OUTPUTS = SWIGLU ? ROWS / 2 : ROWS, OUTPUTS_HERE = SWIGLU ? ROWS_HERE / 2 : ROWS_HERE;
-constexpr int SENT = ROWS_HERE / 8 * 32;                // four numbers each, that a warp sends
-constexpr int OWNED = (CONSUMERS + SPLITS - 1) / SPLITS;  // warps whose tokens a CTA finishes
+constexpr int LANES = 32 / SPLITS;           // of a warp, whose sums a CTA finishes
+constexpr int SENT = ROWS_HERE / 8 * LANES;  // four numbers each, that a warp sends to a CTA
+constexpr int PAIRS = OUTPUTS_HERE / 4 / SPLITS;  // of outputs, that a lane finishes
 // Of W on its way at a time, ahead of the last kernel's end: as many as bandwidth needs. What the kernels around wait for
 // (x, the cache) queues behind them.
 constexpr int AHEAD = W_STAGES < 6 ? W_STAGES : 6;
 constexpr int PARTS = 32;                               // of a token's squares, at most
-static_assert(WARPS == CONSUMERS + 2 && SPLITS <= 4, "threads");
+static_assert(WARPS == CONSUMERS + 2 && (SPLITS == 1 || SPLITS == 2 || SPLITS == 4), "threads");
 static_assert(K % (SPLITS * DEPTH) == 0 && ROWS % ROWS_HERE == 0 && TOKENS % 8 == 0, "division");
 static_assert(W_STAGES <= STEPS && X_STAGES <= STEPS && OUTPUTS_HERE % 16 == 0, "stages");
 static_assert(STEPS == 1 || (W_STAGES > 1 && X_STAGES > 1), "a stage is given back when the next one's products run");
@@ -38,14 +39,13 @@ struct Shared {
   u64 *w_there, *w_read, *x_there, *x_read, *sent;  // barriers; the last for each warp
   DEVICE Shared(char* memory)
       : x(memory), w(memory + X_STAGES * X_STAGE), sums((float4*)(memory + RINGS)),
-        w_there((u64*)(sums + OWNED * (SPLITS - 1) * SENT)), w_read(w_there + W_STAGES),
+        w_there((u64*)(sums + (SPLITS > 1 ? CONSUMERS * SPLITS * SENT : 0))), w_read(w_there + W_STAGES),
         x_there(w_read + W_STAGES), x_read(x_there + X_STAGES), sent(x_read + X_STAGES) {}
 };
 
 DEVICE int warp() { return thread() / 32; }
 DEVICE int lane() { return thread() % 32; }
 DEVICE int split() { return cluster_rank(); }
-DEVICE int owner() { return warp() % SPLITS; }  // of a warp's tokens
 DEVICE int tile() { return cta() / SPLITS; }  // of rows
 
 // ---- What is fetched
@@ -105,32 +105,16 @@ DEVICE void release(const Shared& shared, int step) {
 // lane / 4, and of the one 8 below.
 typedef float Sums[ROWS_HERE / 2];
 
-// Where a lane finds the sums that another CTA of the cluster sent to its own.
-DEVICE float4* place_of(const Shared& shared, int from, int to) {
-  const int others = from - (from > to);
-  return shared.sums + (warp() / SPLITS * (SPLITS - 1) + others) * SENT + lane();
-}
+// Where the sums of a CTA's warp lie for the same warp of another one.
+DEVICE float4* place_of(const Shared& shared, int from) { return shared.sums + (warp() * SPLITS + from) * SENT; }
 
-DEVICE void send_all(const Sums& sum, const Params& p, const Shared& shared) {
-  if (SPLITS == 1 || owner() == split() || warp() * 16 >= p.tokens) return;
-  const u32 to = in_cta(owner(), place_of(shared, split(), owner())), barrier = in_cta(owner(), &shared.sent[warp()]);
+DEVICE void send_all(const Sums& sum, const Shared& shared) {
+  if (SPLITS == 1) return;
+  const int owner = lane() / LANES;
+  const u32 to = in_cta(owner, place_of(shared, split()) + lane() % LANES), barrier = in_cta(owner, &shared.sent[warp()]);
 #pragma unroll
   for (int j = 0; j < ROWS_HERE / 8; j++)
-    send(to + 512 * j, float4{sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]}, barrier);
-}
-DEVICE void add_others(Sums& sum, const Shared& shared) {
-  if (SPLITS == 1) return;
-  wait(&shared.sent[warp()]);
-#pragma unroll
-  for (int i = 0; i < SPLITS; i++) {
-    if (i == split()) continue;
-    const float4* part = place_of(shared, i, split());
-#pragma unroll
-    for (int j = 0; j < ROWS_HERE / 8; j++) {
-      const float4 four = part[32 * j];
-      sum[4 * j] += four.x, sum[4 * j + 1] += four.y, sum[4 * j + 2] += four.z, sum[4 * j + 3] += four.w;
-    }
-  }
+    send(to + 16 * LANES * j, float4{sum[4 * j], sum[4 * j + 1], sum[4 * j + 2], sum[4 * j + 3]}, barrier);
 }
 
 // Unrolled, for a product takes less time than the numbers that say where it is.
@@ -154,28 +138,53 @@ DEVICE void multiply_all(Sums& sum, const Shared& shared) {
 
 // ---- What surrounds the product
 
-// Of two tokens a lane has two of 8 rows each, and so has the next one: each gives the other those of one token, and has
-// four of this token.
-DEVICE int my_token() { return warp() * 16 + lane() / 4 + lane() % 2 * 8; }
-DEVICE int my_row() { return lane() % 4 / 2 * 4; }
-DEVICE float4 my_sums(const float* s) {
-  const int odd = lane() % 2;
-  const float first = other_lane(odd ? s[0] : s[2], 1), second = other_lane(odd ? s[1] : s[3], 1);
-  return {odd ? first : s[0], odd ? second : s[1], odd ? s[2] : first, odd ? s[3] : second};
+// Of a warp's tokens the one that a lane finishes, and the place of its pairs of outputs among the CTA's.
+DEVICE int my_token() {
+  const int among_mine = SPLITS == 1 ? lane() / 4 : split() * (LANES / 4) + lane() / 2 % LANES / 4;
+  return warp() * 16 + among_mine + lane() % 2 * 8;
 }
+DEVICE int my_row() { return lane() % 4 / 2 * 4; }  // of 8, where nothing is sent
+DEVICE int my_output(int pair) {
+  return SPLITS == 1 ? pair / 2 * 8 + my_row() + pair % 2 * 2 : pair * 4 * SPLITS + lane() / (2 * LANES) * 8 + lane() / 2 % 4 * 2;
+}
+constexpr int OF_A_TOKEN = SPLITS == 1 ? 2 : SPLITS == 2 ? 6 : 22;  // bits of a lane's number that the token is the same in
 DEVICE int place() { return my_token() * OUTPUTS + tile() * OUTPUTS_HERE; }  // of the first output
+
+// Sums of my token from here on: [2 k] and [2 k + 1] are of pair k, SwiGLU's second factors behind them.
+DEVICE void gather(Sums& sum, const Shared& shared) {
+  if (SPLITS == 1) {
+    // Of two tokens a lane has two of 8 rows each, and so has the next one: each gives the other those of one token.
+    const int odd = lane() % 2;
+#pragma unroll
+    for (int j = 0; j < ROWS_HERE / 8; j++) {
+      float* s = sum + 4 * j;
+      const float first = other_lane(odd ? s[0] : s[2], 1), second = other_lane(odd ? s[1] : s[3], 1);
+      s[0] = odd ? first : s[0], s[1] = odd ? second : s[1];
+      s[2] = odd ? s[2] : first, s[3] = odd ? s[3] : second;
+    }
+    return;
+  }
+  wait(&shared.sent[warp()]);
+  const float2* from = (const float2*)place_of(shared, 0) + lane();
+#pragma unroll
+  for (int k = 0; k < ROWS_HERE / 4 / SPLITS; k++) {
+    sum[2 * k] = sum[2 * k + 1] = 0.0f;
+#pragma unroll
+    for (int i = 0; i < SPLITS; i++) {
+      const float2 part = from[2 * SENT * i + 32 * k];
+      sum[2 * k] += part.x, sum[2 * k + 1] += part.y;
+    }
+  }
+}
 
 // What the last kernel left for the end: asked for ahead.
 struct Given {
-  uint2 residual[OUTPUTS_HERE / 8];  // of each 8 rows those that are mine
-  float parts[4][PARTS / 8];         // of squares: 4 tokens at a time, of which 8 lanes share one
+  u32 residual[PAIRS];
+  float parts[4][PARTS / 8];  // of squares: 4 tokens at a time, of which 8 lanes share one
   DEVICE Given(const Params& p) {
+    const bool there = RESIDUAL && my_token() < p.tokens;
 #pragma unroll
-    for (int j = 0; j < OUTPUTS_HERE / 8; j++) {
-      residual[j] = {0, 0};
-      if (RESIDUAL && owner() == split() && my_token() < p.tokens)
-        residual[j] = read_8_bytes(p.residual + place() + 8 * j + my_row());
-    }
+    for (int k = 0; k < PAIRS; k++) residual[k] = there ? read_pair(p.residual + place() + my_output(k)) : 0;
 #pragma unroll
     for (int i = 0; i < 4; i++)
 #pragma unroll
@@ -204,37 +213,35 @@ struct Given {
 DEVICE float around(float y, float up, float factor, float residual) {
   return SWIGLU ? silu(y * factor) * (up * factor) : y * factor + residual;
 }
-DEVICE uint2 around(float4 y, float4 up, float factor, uint2 residual) {
-  return {pair(around(y.x, up.x, factor, low(residual.x)), around(y.y, up.y, factor, high(residual.x))),
-          pair(around(y.z, up.z, factor, low(residual.y)), around(y.w, up.w, factor, high(residual.y)))};
-}
-DEVICE float squares_of(uint2 four) {
-  const float a = low(four.x), b = high(four.x), c = low(four.y), d = high(four.y);
-  return (a * a + b * b) + (c * c + d * d);
-}
 
-// Two lanes have 16 outputs of a token, of which each writes 8 that follow one another.
 DEVICE void finish(const Sums& sum, const Params& p, const Given& given) {
   const float factor = given.factor(p);
-  u16* out = p.out + place() + 2 * my_row();
+  u16* out = p.out + place();
   const bool there = my_token() < p.tokens;
+  u32 y[PAIRS];
   float squares = 0.0f;
 #pragma unroll
-  for (int j = 0; j < OUTPUTS_HERE / 8; j += 2) {
-    uint2 both[2];
+  for (int k = 0; k < PAIRS; k++) {
+    const float *s = sum + 2 * k, *up = SWIGLU ? s + 2 * PAIRS : s;
+    const u32 r = given.residual[k];
+    y[k] = pair(around(s[0], up[0], factor, low(r)), around(s[1], up[1], factor, high(r)));
+    squares += low(y[k]) * low(y[k]) + high(y[k]) * high(y[k]);
+    if (SPLITS > 1 && there) write_pair(out + my_output(k), y[k]);
+  }
+  // Two lanes have 16 outputs of a token, of which each writes 8 that follow one another.
 #pragma unroll
-    for (int i = 0; i < 2; i++) {
-      const float4 y = my_sums(sum + 4 * (j + i)), up = SWIGLU ? my_sums(sum + 4 * (j + i) + ROWS_HERE / 4) : y;
-      both[i] = around(y, up, factor, given.residual[j + i]);
-      if (RESIDUAL) squares += squares_of(both[i]);
-    }
-    const uint2 mine = my_row() ? both[1] : both[0], others = my_row() ? both[0] : both[1];
+  for (int k = 0; SPLITS == 1 && k < PAIRS; k += 4) {
+    const uint2 first = {y[k], y[k + 1]}, second = {y[k + 2], y[k + 3]};
+    const uint2 mine = my_row() ? second : first, others = my_row() ? first : second;
     const uint2 next = {other_lane(others.x, 2), other_lane(others.y, 2)};
-    if (there) write_16_bytes(out + 8 * j, my_row() ? next : mine, my_row() ? mine : next);
+    if (there) write_16_bytes(out + 4 * k + 2 * my_row(), my_row() ? next : mine, my_row() ? mine : next);
   }
   if (!RESIDUAL) return;
-  squares += other_lane(squares, 2);
-  if (there && my_row() == 0) write_4_bytes(p.next_squares + my_token() * (ROWS / ROWS_HERE) + tile(), squares);
+#pragma unroll
+  for (int bit = 2; bit < 32; bit *= 2)
+    if (OF_A_TOKEN & bit) squares += other_lane(squares, bit);
+  if (there && (lane() & OF_A_TOKEN) == 0)
+    write_4_bytes(p.next_squares + my_token() * (ROWS / ROWS_HERE) + tile(), squares);
 }
 
 DEVICE void make_barriers(const Params& p, const Shared& shared) {
@@ -242,11 +249,11 @@ DEVICE void make_barriers(const Params& p, const Shared& shared) {
   for (int i = 0; i < X_STAGES; i++) barrier_init(&shared.x_there[i], 1), barrier_init(&shared.x_read[i], CONSUMERS);
   for (int i = 0; i < CONSUMERS; i++) barrier_init(&shared.sent[i], 1);
   barriers_ready();
-  for (int i = 0; i < CONSUMERS; i++) barrier_expect(&shared.sent[i], (SPLITS - 1) * SENT * 16);
+  for (int i = 0; SPLITS > 1 && i < CONSUMERS; i++) barrier_expect(&shared.sent[i], SPLITS * SENT * 16);
 }
 
 KERNEL streamed(CONSTANT Params p) {
-  launch_next_kernel();
+  if (warp() >= WARPS) return;  // launched to keep a second CTA from the multiprocessor (streamed.py)
   const Shared shared(shared_memory());
   const bool fetches_w = thread() == 32 * CONSUMERS, fetches_x = thread() == 32 * CONSUMERS + 32;
   u64 policy = 0;
@@ -262,6 +269,7 @@ KERNEL streamed(CONSTANT Params p) {
 
   // What the last kernel wrote is read, and what an earlier one may read is written, from here on.
   wait_for_last_kernel();
+  launch_next_kernel();  // not before: the next one's CTAs, and what they fetch, would be in the way of x
   if (fetches_w) fetch_rest_of_w(p, shared, policy);
   if (fetches_x) {
     for (int step = 0; step < X_STAGES; step++) fetch_x(p, shared, step, step);
@@ -271,8 +279,8 @@ KERNEL streamed(CONSTANT Params p) {
   const Given given(p);
   Sums sum = {};
   multiply_all(sum, shared);
-  send_all(sum, p, shared);
-  if (owner() != split() || warp() * 16 >= p.tokens) return;
-  add_others(sum, shared);
+  if (warp() * 16 >= p.tokens) return;
+  send_all(sum, shared);
+  gather(sum, shared);
   finish(sum, p, given);
 }

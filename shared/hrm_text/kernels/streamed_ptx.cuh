@@ -99,5 +99,11 @@ DEVICE float read_4_bytes(const float* from) {
   asm volatile("ld.relaxed.gpu.global.f32 %0, [%1];" : "=f"(value) : "l"(from) : "memory");
   return value;
 }
+DEVICE u32 read_pair(const u16* from) {
+  u32 value;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(value) : "l"(from) : "memory");
+  return value;
+}
+DEVICE void write_pair(u16* to, u32 value) { *(u32*)to = value; }
 DEVICE void write_4_bytes(float* to, float value) { *to = value; }
 DEVICE void write_16_bytes(u16* to, uint2 first, uint2 second) { *(uint4*)to = {first.x, first.y, second.x, second.y}; }
