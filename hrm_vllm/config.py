@@ -16,6 +16,7 @@ from hrm_text.kernels import launch
 from hrm_text.spans import Envelope, SpanRule
 from hrm_vllm.attention import SUPPORTED_BACKENDS
 from hrm_vllm.decode import why_not_config
+from hrm_vllm.kernels_ahead import begin_compiling
 from hrm_vllm.model_names import budget_is_explicit
 from hrm_vllm.spans import set_rule
 
@@ -207,6 +208,7 @@ def _leave_prefill_to_the_kernels(vllm_config: VllmConfig) -> None:
         logger.info("HRM-Text: torch.compile is left off: every step runs on the fused kernels; -cc.mode=3 asks for it")
         compilation.mode = CompilationMode.NONE
         compilation.cudagraph_mode = CUDAGraphMode.FULL_DECODE_ONLY
+        begin_compiling(vllm_config)
 
 
 def why_not_ahead(vllm_config: VllmConfig) -> str | None:

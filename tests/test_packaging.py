@@ -37,6 +37,10 @@ def test_package_data_is_installed(name: str) -> None:
     assert files("hrm_text").joinpath(name).is_file()
 
 
+def test_the_record_of_kernels_is_installed() -> None:
+    assert files("hrm_vllm").joinpath("recorded_kernels.txt").is_file()
+
+
 def test_packages_import_from_anywhere_without_the_engine(tmp_path: Path) -> None:
     code = "import hrm_text, hrm_vllm, sys; sys.exit('vllm' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
