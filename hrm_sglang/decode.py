@@ -54,13 +54,11 @@ class Decoder:
         k, v = attention_backend("decode").token_to_kv_pool.get_kv_buffer(slot)
         return k.unsqueeze(1), v.unsqueeze(1)
 
-    def recur(
-        self, positions: torch.Tensor, z_H: torch.Tensor, z_L: torch.Tensor, forward_batch: Any
-    ) -> torch.Tensor | None:
+    def recur(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> torch.Tensor | None:
         """z_H after the last step; None where SGLang's own layers have to run the batch."""
         if not forward_batch.forward_mode.is_decode():
             return None
-        fused = self.chosen(z_H.device)
+        fused = self.chosen(positions.device)
         if fused is None:
             return None
         table, row_starts, lengths = attention_backend("decode").decode_table()
@@ -68,9 +66,9 @@ class Decoder:
         batch = DecodeBatch(positions, slots, table, row_starts, lengths, 1, self.cos_sin())
         if not self._compiled:  # with graphs that is the largest of them
             self._compiled = True
-            many = partial(products_of_many, z_H.dtype, z_H.device)
+            many = partial(products_of_many, next(self.body.parameters()).dtype, positions.device)
             compile_ahead(fused, batch, self.caches, len(positions), [many])
-        return fused(z_H, z_L, batch, self.caches)
+        return fused(input_ids, batch, self.caches)
 
 
 def attention_backend(batches: Literal["prefill", "decode"]) -> Any:

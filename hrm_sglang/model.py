@@ -65,15 +65,17 @@ class HrmTextForCausalLM(nn.Module):
         forward_batch: Any,
         input_embeds: torch.Tensor | None = None,
     ) -> Any:
-        final = self.prefiller.recur(input_ids, positions, forward_batch) if input_embeds is None else None
+        final = None
+        if input_embeds is None:
+            final = self.prefiller.recur(input_ids, positions, forward_batch)
+            if final is None:
+                final = self.decoder.recur(input_ids, positions, forward_batch)
+                if final is not None:
+                    self.prefiller.capture()
         if final is None:
             scale = self.shape.embedding_scale
             z_H, z_L = self.model.begin(self.model.embed(input_ids) if input_embeds is None else input_embeds * scale)
-            final = self.decoder.recur(positions, z_H, z_L, forward_batch)
-            if final is None:
-                final, _ = self.model.recur(positions, z_H, z_L, forward_batch)
-            else:
-                self.prefiller.capture()
+            final, _ = self.model.recur(positions, z_H, z_L, forward_batch)
         return self.logits_processor(input_ids, final, self.lm_head, forward_batch)
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:

@@ -80,8 +80,7 @@ class Decoder:
             warm = config.kernel_config.enable_jit_warmup
             others = top_k_top_p_calls(config.model_config.get_vocab_size(), most) if warm else []
             compile_ahead(self.fused, batch, self.caches, most, others)
-        z_H, z_L = self.body.begin(self.body.embed(input_ids))
-        return self.fused(z_H, z_L, batch, self.caches)
+        return self.fused(input_ids, batch, self.caches)
 
     def metadata(self) -> Any:
         """Attention metadata of the step; None where there is none, or not one of the whole batch."""

@@ -22,6 +22,7 @@ from triton.compiler import ASTSource
 from hrm_text.kernels import attention_hopper, streamed
 from hrm_text.kernels.attention import _decode, splits_for, tile
 from hrm_text.kernels.attention_many import BLOCK, EXTRA_PROGRAMS, MAX_PIECES, _decode_many, stages_for
+from hrm_text.kernels.first import _first
 from hrm_text.kernels.gemm import _gemm, tile_for
 from hrm_text.kernels.linear import (
     MAX_TOKENS,
@@ -39,7 +40,7 @@ from hrm_text.kernels.swiglu import _scaled_swiglu
 HIDDEN, WIDE, HEADS, DIM = 1536, 4096, 12, 128
 FLOATS = {"scale", "eps"}
 FLOAT32 = {"cos_sin_ptr", "factors_ptr", "partial_ptr", "stats_ptr", "squares_ptr", "next_squares_ptr"}
-INT64 = {"positions_ptr", "write_slots_ptr"}
+INT64 = {"positions_ptr", "write_slots_ptr", "ids_ptr"}
 INT32 = {"table_ptr", "row_starts_ptr", "lengths_ptr", "arrivals_ptr"}
 
 
@@ -176,6 +177,9 @@ def main() -> None:
     for flags in kinds:
         what = dict(zip(("SUM", "NORM", "ADD", "BLOCKS", "SQUARES"), map(bool, flags), strict=True))
         print("rms", compile_kernel(_rms, {"HIDDEN": HIDDEN, "WIDE": 2048} | what | one, 4))
+    for blocks, squares in ((True, False), (False, True), (False, False)):
+        kind_of_x = {"HIDDEN": HIDDEN, "WIDE": 2048, "BLOCKS": blocks, "SQUARES": squares}
+        print("first", compile_kernel(_first, kind_of_x | one, 4))
     print("factors", compile_kernel(_factors, {"PARTS": 8, "WIDE": 8, "ROWS": 64, "PDL": True}, 4))
     for scale in (True, False):
         rope = {"PAGE": 16, "HALF": DIM // 2, "HEADS": 16, "SCALE": scale}

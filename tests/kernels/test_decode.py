@@ -64,8 +64,7 @@ def test_tokens_one_by_one_equal_the_oracle(
             page_size=1,
             cos_sin=rope_table(shape).to(DEVICE),
         )
-        z_H, z_L = body.begin(body.embed(prompts[:, position].to(DEVICE)))
-        z_H = fused(z_H, z_L, batch, lambda slot: (cache[slot, 0], cache[slot, 1]))
+        z_H = fused(prompts[:, position].to(DEVICE), batch, lambda slot: (cache[slot, 0], cache[slot, 1]))
         logprobs.append(body.lm_head(z_H).float().log_softmax(-1).cpu())
     for row in range(min(rows, 2)):
         expected = token_logprobs(reference, prompts[row].tolist(), ())
@@ -99,6 +98,10 @@ def test_other_weights_are_refused(body: HrmTextBody) -> None:
     attention.o_proj = wrapper
     assert "LoRA" in str(why_not(body, torch.float32))
     attention.o_proj = projection
+    embedding = body.embed_tokens.weight
+    body.embed_tokens.weight = torch.nn.Parameter(embedding.bfloat16(), requires_grad=False)
+    assert "embed_tokens" in str(why_not(body, torch.float32))
+    body.embed_tokens.weight = embedding
     assert "float16" in str(why_not(body, torch.float16))
     body.stage = range(4)
     assert why_not(body, torch.float32) == "pipeline parallelism"

@@ -230,7 +230,10 @@ def test_nothing_is_compiled_where_every_step_is_the_kernels(
         changed = platform if part == "platform" else getattr(config, part) if part else config
         vars(changed).update(changes)
     monkeypatch.setattr("hrm_vllm.config.current_platform", platform)
+    begun: list[Any] = []
+    monkeypatch.setattr("hrm_vllm.config.begin_compiling", begun.append)
     before = vars(config.compilation_config).copy()
     _leave_prefill_to_the_kernels(config)
     uncompiled = {"mode": CompilationMode.NONE, "cudagraph_mode": CUDAGraphMode.FULL_DECODE_ONLY}
     assert vars(config.compilation_config) == (before if compiled else uncompiled)
+    assert begun == ([] if compiled else [config])

@@ -84,14 +84,12 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     Twice, for what a layer's first kernel takes of the layer before is not what it takes of a stack.
     """
     body, device = fused.body, batch.positions.device
-    shape, dtype = body.shape, next(body.parameters()).dtype
     own = FusedDecode(body, device)
-    x = torch.zeros(size, shape.hidden_size, dtype=dtype, device=device)
     block, slot = first_layer(body)
-    activations = own.laid_out(x)
+    z_H, activations = own.begin(batch.positions.new_zeros(size))
     for _ in range(2):
         activations = own.block(activations, block, empty_batch(batch, size), *caches(slot))
-    return own.between_stacks(activations, x)[0]
+    return own.between_stacks(activations, z_H)[0]
 
 
 def run_empty_prefill(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:

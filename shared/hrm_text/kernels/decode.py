@@ -15,11 +15,12 @@ from torch.nn.functional import linear
 from hrm_text.config import HrmTextShape
 from hrm_text.kernels import attention_hopper, staged, streamed
 from hrm_text.kernels.attention import DecodeAttention, DecodeBatch
+from hrm_text.kernels.first import first
 from hrm_text.kernels.gemm import MAX_TOKENS as MAX_TILED_TOKENS
 from hrm_text.kernels.gemm import Projections
 from hrm_text.kernels.linear import MAX_TOKENS, fits, small_linear
 from hrm_text.kernels.pointwise import norm_add
-from hrm_text.kernels.staged import COPIES, copies_for, in_blocks, staged_linear
+from hrm_text.kernels.staged import COPIES, copies_for, staged_linear
 from hrm_text.kernels.streamed import streamed_linear
 from hrm_text.kernels.swiglu import scaled_swiglu
 from hrm_text.model import Block, HrmTextBody
@@ -64,16 +65,17 @@ class FusedDecode:
         if self.why_not_staged is None:
             self.attention.shares = staged.MAX_TOKENS if self.why_not_streamed else streamed.MAX_TOKENS
 
-    def __call__(self, z_H: torch.Tensor, z_L: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
-        """z_H after every step.
+    def __call__(self, input_ids: torch.Tensor, batch: DecodeBatch, caches: KVCaches) -> torch.Tensor:
+        """z_H after every step, (tokens, hidden).
 
         Args:
-            z_H, z_L: (tokens, hidden), as `HrmTextBody.begin` makes them.
+            input_ids: (tokens,) integer.
             batch: of these tokens.
             caches: (k_cache, v_cache) of a KV slot, as `DecodeAttention` takes them.
         """
-        body, z_L = self.body, z_L.contiguous()
-        x = self.laid_out(z_L + z_H)
+        body = self.body
+        z_H, x = self.begin(input_ids)
+        z_L = z_H  # the first step is L's, and what z_L was is in x
         for step in body.stage:
             kind = body.steps[step]
             stack = body.L_module if kind == "L" else body.H_module
@@ -95,11 +97,11 @@ class FusedDecode:
             return streamed_linear
         return self.project if MAX_TOKENS < tokens <= MAX_TILED_TOKENS else None
 
-    def laid_out(self, x: torch.Tensor) -> Activations:
-        """(tokens, hidden) x as `block` takes it."""
-        if self.staged(len(x)):
-            return in_blocks(x), None
-        return x, x.float().square().sum(-1, keepdim=True) if self.tiled(len(x)) else None
+    def begin(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, Activations]:
+        """z_H before the first step, (tokens, hidden), and its sum with z_L, of (tokens,) ids."""
+        tokens = len(input_ids)
+        z_H, x, squares = first(self.body, input_ids, self.staged(tokens), self.tiled(tokens) is not None)
+        return z_H, (x, squares)
 
     def between_stacks(self, x: Activations, other: torch.Tensor) -> tuple[torch.Tensor, Activations]:
         """The RMSNorm of x, (tokens, hidden); and its sum with (tokens, hidden) `other`, for the next stack.
@@ -113,7 +115,7 @@ class FusedDecode:
     def block(
         self, activations: Activations, block: Block, batch: DecodeBatch, k_cache: torch.Tensor, v_cache: torch.Tensor
     ) -> Activations:
-        """A layer call: x, as `laid_out` has it, to the same, with the cache of its KV slot."""
+        """A layer call: x, as `begin` has it, to the same, with the cache of its KV slot."""
         attention, mlp = block.self_attn, block.mlp
         x, squares = activations
         tokens, eps = x.shape[-2], self.eps
@@ -173,6 +175,9 @@ def why_not(body: HrmTextBody, dtype: torch.dtype) -> str | None:
         return "pipeline parallelism"
     if shape.head_dim & (shape.head_dim - 1):
         return f"head_dim={shape.head_dim} is not a power of two"
+    embedding = body.embed_tokens.weight
+    if embedding.dtype != dtype or not embedding.is_contiguous():
+        return f"embed_tokens is {embedding.dtype} in a model of {dtype}"
     shapes = weight_shapes(shape)
     for name, module in body.named_modules():
         whole = shapes.get(name.rpartition(".")[2])
