@@ -105,9 +105,26 @@ def main(out: Annotated[Path, typer.Option(help="Where the JSON goes.")], repeat
     context = mp.get_context("spawn")
     pipes: dict[str, Any] = {}
     report: dict[str, Any] = {"startup_s": {}, "steps": []}
+    processes = []
     for name, env in ENGINES.items():
         pipes[name], theirs = context.Pipe()
-        context.Process(target=_serve, args=(theirs, env), daemon=True).start()
+        # Not daemonic ones, which may have no processes of their own, as vLLM and the plugin have.
+        processes.append(context.Process(target=_serve, args=(theirs, env)))
+        processes[-1].start()
+        theirs.close()
+    try:
+        compare(pipes, report, out, repeats)
+    finally:
+        for process in processes:
+            process.terminate()
+
+
+def compare(pipes: dict[str, Any], report: dict[str, Any], out: Path, repeats: int) -> None:
+    """Fill `report`, and the file that holds it.
+
+    Raises:
+        EOFError: an engine ended.
+    """
     for name, pipe in pipes.items():
         report["startup_s"][name] = pipe.recv()
     for shape in SHAPES:

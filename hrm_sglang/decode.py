@@ -67,7 +67,7 @@ class Decoder:
         if not self._compiled:  # with graphs that is the largest of them
             self._compiled = True
             many = partial(products_of_many, next(self.body.parameters()).dtype, positions.device)
-            compile_ahead(fused, batch, self.caches, len(positions), [many])
+            compile_ahead(fused, input_ids, batch, self.caches, len(positions), [many])
         return fused(input_ids, batch, self.caches)
 
 

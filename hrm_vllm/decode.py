@@ -79,7 +79,7 @@ class Decoder:
             config, most = self._config, self._config.scheduler_config.max_num_seqs
             warm = config.kernel_config.enable_jit_warmup
             others = top_k_top_p_calls(config.model_config.get_vocab_size(), most) if warm else []
-            compile_ahead(self.fused, batch, self.caches, most, others)
+            compile_ahead(self.fused, input_ids, batch, self.caches, most, others)
         return self.fused(input_ids, batch, self.caches)
 
     def metadata(self) -> Any:

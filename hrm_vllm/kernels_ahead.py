@@ -4,6 +4,7 @@
 its warm-up would compile one after the other (8 s), and ours. `python -m benchmarks.startup --record` wrote it.
 """
 
+import multiprocessing
 import os
 from pathlib import Path
 
@@ -23,11 +24,16 @@ MOST_PROCESSES = 8
 def begin_compiling(config: VllmConfig) -> None:
     """Compile the recorded kernels in the background, where vLLM forks as well and its warm-up would compile them.
 
+    A start does without where there can be no such processes: in a daemonic one, and where CUDA is there already.
+
     Args:
         config: of an engine whose steps will all run on the fused kernels.
     """
     processes = min(MOST_PROCESSES, (os.cpu_count() or 1) // 2)
-    if envs.VLLM_WORKER_MULTIPROC_METHOD != "fork" or torch.cuda.is_initialized() or not processes:
+    forks = envs.VLLM_WORKER_MULTIPROC_METHOD == "fork" and not multiprocessing.current_process().daemon
+    if not forks or torch.cuda.is_initialized() or not config.kernel_config.enable_jit_warmup:
         return
-    if config.kernel_config.enable_jit_warmup:
+    try:
         compile_in_processes(read(RECORD), processes)
+    except OSError as error:
+        logger.debug("HRM-Text: no kernels are compiled ahead: %r", error)

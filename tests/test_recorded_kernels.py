@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import json
+import multiprocessing
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -177,6 +178,28 @@ def test_when_they_are_compiled_ahead(
     config: Any = SimpleNamespace(kernel_config=SimpleNamespace(enable_jit_warmup=warm))
     kernels_ahead.begin_compiling(config)
     assert calls == ([len(KERNELS)] if begun else [])
+
+
+def test_a_daemonic_process_starts_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may have no processes, and an engine in it has to start all the same."""
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    config: Any = SimpleNamespace(kernel_config=SimpleNamespace(enable_jit_warmup=True))
+    process = multiprocessing.get_context("fork").Process(
+        target=kernels_ahead.begin_compiling, args=(config,), daemon=True
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+
+
+def test_a_system_without_room_starts_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise BlockingIOError("no room for one more process")
+
+    monkeypatch.setenv("VLLM_WORKER_MULTIPROC_METHOD", "fork")
+    monkeypatch.setattr(kernels_ahead, "compile_in_processes", full)
+    config: Any = SimpleNamespace(kernel_config=SimpleNamespace(enable_jit_warmup=True))
+    kernels_ahead.begin_compiling(config)
 
 
 def test_a_specialization_as_triton_writes_it() -> None:

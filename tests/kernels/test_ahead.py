@@ -10,7 +10,18 @@ import pytest
 import torch
 
 from hrm_text.config import HrmTextShape
-from hrm_text.kernels import ahead, attention, attention_hopper, attention_many, gemm, linear, nvrtc, staged, streamed
+from hrm_text.kernels import (
+    ahead,
+    attention,
+    attention_hopper,
+    attention_many,
+    first,
+    gemm,
+    linear,
+    nvrtc,
+    staged,
+    streamed,
+)
 from hrm_text.kernels.ahead import begin_compiling, compile_ahead, run_empty
 from hrm_text.kernels.attention import DecodeBatch
 from hrm_text.kernels.decode import FusedDecode, kinds_of
@@ -25,6 +36,7 @@ DTYPE = torch.bfloat16 if DEVICE == "cuda" else torch.float32
 CONTEXT = 16
 KERNELS: tuple[Any, ...] = (
     attention._decode,
+    first._first,
     attention_many._decode_many,
     gemm._gemm,
     linear._in_registers,
@@ -72,7 +84,7 @@ def test_caches_are_neither_read_nor_written(fused: FusedDecode, size: int, ragg
     step = Step(2, ragged)
     step.cache.fill_(float("nan"))
     with torch.inference_mode():
-        result = run_empty(fused, step.batch, step.caches, size)
+        result = run_empty(fused, torch.zeros(1, dtype=torch.int32, device=DEVICE), step.batch, step.caches, size)
     assert result.shape == (size, SHAPE.hidden_size)
     assert result.isfinite().all()
     assert step.cache.isnan().all()
@@ -85,13 +97,14 @@ def test_steps_compile_nothing_more(fused: FusedDecode, ragged: bool) -> None:
         return sum(len(cache[0]) for kernel in KERNELS for cache in kernel.device_caches.values())
 
     before = compiled()
-    first = Step(3, ragged)
-    compile_ahead(fused, first.batch, first.caches, 128)
+    step = Step(3, ragged)
+    compile_ahead(fused, torch.zeros(1, dtype=torch.int32, device=DEVICE), step.batch, step.caches, 128)
     assert (there := compiled()) > before
     for requests in (1, 3, 8, 13, 16, 17, 40, 64, 65, 128):
         step = Step(requests, ragged)
         with torch.inference_mode():
-            fused(torch.randint(SHAPE.vocab_size, (requests,), device=DEVICE), step.batch, step.caches)
+            ids = torch.randint(SHAPE.vocab_size, (requests,), dtype=torch.int32, device=DEVICE)
+            fused(ids, step.batch, step.caches)
         assert compiled() == there, requests
 
 

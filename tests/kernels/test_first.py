@@ -1,4 +1,4 @@
-"""What a decode step begins with, against the model's own functions: to the bit, for both round at the same places."""
+"""What a decode step begins with, against the model's own functions: to the bit where both round at the same places."""
 
 import pytest
 import torch
@@ -42,7 +42,9 @@ def test_it_equals_the_model(hidden: int, tokens: int, dtype: torch.dtype, block
     del poison  # whose memory the results take
     got, x, left = first(body, ids, blocks, squares)
     assert torch.equal(got, z_H)
-    assert torch.equal(x, in_blocks(expected) if blocks else expected)
+    # In float32 the compiler makes one instruction of the product and the sum, and one rounding.
+    tolerance = 0.0 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(x, in_blocks(expected) if blocks else expected, rtol=tolerance, atol=tolerance)
     assert (left is not None) == squares
     if left is not None:
         torch.testing.assert_close(left, expected.float().square().sum(-1, keepdim=True))

@@ -48,6 +48,7 @@ def begin_compiling(body: HrmTextBody) -> None:
 
 def compile_ahead(
     fused: FusedDecode,
+    input_ids: torch.Tensor,
     batch: DecodeBatch,
     caches: KVCaches,
     most: int,
@@ -57,7 +58,7 @@ def compile_ahead(
 
     Args:
         fused: whose kernels they are.
-        batch: the engine's first one, for what its tensors look like.
+        input_ids, batch: the engine's first ones, for what their tensors look like.
         caches: the engine's.
         most: requests that it decodes at once.
         others: calls of the engine's own kernels, to be compiled beside them.
@@ -71,14 +72,19 @@ def compile_ahead(
             job()
 
     jobs: list[Callable[[], object]] = [*others, partial(run_empty_prefill, fused, batch, caches)]
-    jobs += [partial(run_empty, fused, batch, caches, size) for size in {min(size, most) for size in (*SIZES, most)}]
+    jobs += [
+        partial(run_empty, fused, input_ids, batch, caches, size)
+        for size in {min(size, most) for size in (*SIZES, most)}
+    ]
     torch.cuda.synchronize(device)  # these streams wait for nobody
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
         list(pool.map(run, jobs))
     torch.cuda.synchronize(device)
 
 
-def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: int) -> torch.Tensor:
+def run_empty(
+    fused: FusedDecode, input_ids: torch.Tensor, batch: DecodeBatch, caches: KVCaches, size: int
+) -> torch.Tensor:
     """One layer as a stack for `size` padding requests, which touch no cache, with scratch memory of its own.
 
     Twice, for what a layer's first kernel takes of the layer before is not what it takes of a stack.
@@ -86,7 +92,7 @@ def run_empty(fused: FusedDecode, batch: DecodeBatch, caches: KVCaches, size: in
     body, device = fused.body, batch.positions.device
     own = FusedDecode(body, device)
     block, slot = first_layer(body)
-    z_H, activations = own.begin(batch.positions.new_zeros(size))
+    z_H, activations = own.begin(input_ids.new_zeros(size))
     for _ in range(2):
         activations = own.block(activations, block, empty_batch(batch, size), *caches(slot))
     return own.between_stacks(activations, z_H)[0]

@@ -164,10 +164,13 @@ def in_order(recorded: str) -> list[Recorded]:
 def compile_in_processes(kernels: Sequence[Recorded], processes: int) -> list[Any]:
     """Have them compiled in so many forked processes, the first ones first; at once, the processes go on.
 
-    The caller must not have initialised CUDA, as for any fork. What fails is left to the engine.
+    The caller must not have initialised CUDA, as for any fork, nor be daemonic. What fails is left to the engine.
 
     Returns:
         The processes, which end by themselves.
+
+    Raises:
+        OSError: the system has no room for one more.
     """
     context = multiprocessing.get_context("fork")
     shares = [kernels[first::processes] for first in range(processes)]
