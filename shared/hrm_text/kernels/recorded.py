@@ -181,7 +181,8 @@ def compile_in_processes(kernels: Sequence[Recorded], processes: int) -> list[An
 
 
 def _compile_all(kernels: Sequence[Recorded]) -> None:
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    for number in (signal.SIGALRM, signal.SIGTERM):  # whatever the engine's process makes of them
+        signal.signal(number, signal.SIG_DFL)
     signal.alarm(PATIENCE)
     with suppress(OSError):
         os.nice(1)  # behind the engine's own work
