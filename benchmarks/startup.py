@@ -4,8 +4,8 @@
 
 Cold: Triton's and vLLM's caches are in an empty folder of their own; what is warm is what pip leaves, Python's
 bytecode. `--log` keeps the server's output, each line with the seconds since the launch. `--record` writes the Triton
-kernels that were compiled, those that take longest first, in a start that compiles none ahead: so
-`hrm_vllm/recorded_kernels.txt` is made.
+kernels that were compiled, those that take longest first, in a start that compiles none ahead, in the form of
+`hrm_vllm/recorded_kernels.txt`.
 """
 
 import json

@@ -1,7 +1,7 @@
 """Triton kernels of a start on Hopper, compiled from the moment that its configuration is known.
 
 `recorded_kernels.txt` has those of `vllm serve` with the 1B and every default: vLLM's sampler and input kernels, which
-its warm-up would compile one after the other (8 s), and ours. `python -m benchmarks.startup --record` wrote it.
+its warm-up would compile one after the other (8 s), and ours. `python -m benchmarks.startup --record FILE` writes one.
 """
 
 import multiprocessing

@@ -26,7 +26,7 @@ def test_kernels_under_the_interpreter() -> None:
     assert len(files) >= 10
     with ThreadPoolExecutor(2) as pool:
         for printed in pool.map(lambda file: python(*options, file, TRITON_INTERPRET="1"), files):
-            assert "passed" in printed or "skipped" in printed
+            assert "passed" in printed
 
 
 def test_kernels_compile_for_hopper() -> None:

@@ -14,7 +14,7 @@ import os
 import re
 import signal
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +156,9 @@ def in_order(recorded: str) -> list[Recorded]:
     """The kernels of what `record` wrote, each once, those that take longest first."""
     seconds: dict[Recorded, float] = {}
     for line in recorded.splitlines():
-        took, _, kernel = line.partition(" ")
-        seconds[Recorded.parse(kernel)] = max(float(took), seconds.get(Recorded.parse(kernel), 0.0))
+        took, _, said = line.partition(" ")
+        kernel = Recorded.parse(said)
+        seconds[kernel] = max(float(took), seconds.get(kernel, 0.0))
     return sorted(seconds, key=lambda kernel: -seconds[kernel])
 
 
@@ -187,11 +188,7 @@ def _compile_all(kernels: Sequence[Recorded]) -> None:
     with suppress(OSError):
         os.nice(1)  # behind the engine's own work
     for kernel in kernels:
-        _try(kernel.compile_launcher, kernel)
-
-
-def _try(job: Callable[[], object], kernel: Recorded) -> None:
-    try:
-        job()
-    except Exception as error:
-        logger.debug("HRM-Text: %s is left to the engine: %r", kernel.kernel, error)
+        try:
+            kernel.compile_launcher()
+        except Exception as error:  # whatever a record that no longer fits leads to
+            logger.debug("HRM-Text: %s is left to the engine: %r", kernel.kernel, error)
