@@ -6,7 +6,6 @@ In processes of their own, because the interpreter must be chosen before Triton 
 import os
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,16 +16,16 @@ from hrm_text.kernels import launch
 ROOT = Path(__file__).resolve().parent.parent
 
 
+FILES = sorted(str(each.relative_to(ROOT)) for each in (ROOT / "tests/kernels").glob("test_*.py"))
+assert len(FILES) >= 10
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels run on the GPU itself")
-def test_kernels_under_the_interpreter() -> None:
-    """A file in a process, two at a time: each is one core's work, ten minutes together."""
+@pytest.mark.parametrize("file", [pytest.param(file, marks=pytest.mark.xdist_group(file)) for file in FILES])
+def test_kernels_under_the_interpreter(file: str) -> None:
+    """Ten minutes together, of a core each."""
     pytest.importorskip("triton")
-    options = ("-m", "pytest", "-q", "-p", "no:cacheprovider")
-    files = sorted(str(each.relative_to(ROOT)) for each in (ROOT / "tests/kernels").glob("test_*.py"))
-    assert len(files) >= 10
-    with ThreadPoolExecutor(2) as pool:
-        for printed in pool.map(lambda file: python(*options, file, TRITON_INTERPRET="1"), files):
-            assert "passed" in printed
+    assert "passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
 
 
 def test_kernels_compile_for_hopper() -> None:

@@ -58,3 +58,17 @@ def test_a_suite_that_cannot_run_here_is_left_out_aloud(
     assert run_tests.run([]) == 0
     assert "sglang-cpu: LEFT OUT: SGLang has no wheel for Python 3.14\n" in capsys.readouterr().out
     assert run_tests.run(["tests/sglang"]) == run_tests.NOTHING_SELECTED, "asked for by name, it is no success"
+
+
+@pytest.mark.parametrize("gpu", [False, True])
+def test_two_tests_at_a_time_but_on_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    env = Environment(tmp_path / "env")
+    env.python = tmp_path / "python"
+    env.python.write_text(f'#!/bin/sh\necho "$OMP_NUM_THREADS" "$@" >> {tmp_path}/said\n')
+    env.python.chmod(0o755)
+    monkeypatch.setattr(run_tests, "prepare", lambda engine, dev: env)
+    monkeypatch.setattr(run_tests, "has_nvidia_gpu", lambda: gpu)
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    assert run_tests.run(["tests/core"]) == 0
+    words = "7 -m pytest" if gpu else "1 -m pytest -n 2 --dist loadgroup"
+    assert (tmp_path / "said").read_text() == f"{words} {CORE}\n"

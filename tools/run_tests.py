@@ -6,6 +6,7 @@ Arguments go to pytest. Paths among them choose the suites; an expression may se
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -13,13 +14,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from environment import SetupError, Unavailable
-from setup_env import ROOT, prepare
+from setup_env import ROOT, has_nvidia_gpu, prepare
 
 NOTHING_SELECTED = 5  # pytest's exit codes
 FAILED = 1
 SGLANG_TESTS = ROOT / "tests/sglang"
 # What follows these is no path, whatever it looks like.
-TAKE_A_VALUE = ("-k", "-m", "-p", "-c", "-o", "-W", "--deselect", "--ignore", "--junitxml")
+TAKE_A_VALUE = ("-k", "-m", "-n", "-p", "-c", "-o", "-W", "--deselect", "--ignore", "--junitxml", "--dist")
+# Most tests are one core's work. On a GPU they would share its memory.
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
 
 
 def for_vllm(path: Path) -> Path | None:
@@ -80,8 +83,9 @@ def run(words: Sequence[str]) -> int:
     statuses: dict[str, int] = {}
     for suite, python in pythons.items():
         print(f"tests: {suite}", flush=True)
-        command = [str(python), "-m", "pytest", *(chosen[suite] or ())]
-        status = statuses[suite] = subprocess.run(command, cwd=ROOT).returncode
+        options, environment = ((), {}) if has_nvidia_gpu() else (TWO_AT_A_TIME, {"OMP_NUM_THREADS": "1"})
+        command = [str(python), "-m", "pytest", *options, *(chosen[suite] or ())]
+        status = statuses[suite] = subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
         said[suite] = {0: "passed", NOTHING_SELECTED: "nothing selected"}.get(status, f"pytest ended with {status}")
         if status not in (0, FAILED, NOTHING_SELECTED):
             break  # interrupted, or arguments that pytest does not take
