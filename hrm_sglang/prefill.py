@@ -49,7 +49,7 @@ class Prefiller:
 
         batch = PrefillBatch(positions, slots, 1, decoder.cos_sin())
         z_H, z_L = decoder.body.begin(decoder.body.embed(input_ids))
-        return self._prefill(z_H, z_L, batch, decoder.caches, attend)
+        return self._prefill(z_H, z_L, batch, decoder.caches, attend, rows_read(forward_batch))
 
     def capture(self) -> None:
         """Capture graphs, where SGLang is about to capture its first one of a decode step and there is memory."""
@@ -78,3 +78,19 @@ class Prefiller:
             return
         self.graphs = graphs
         logger.info("HRM-Text: %s", graphs)
+
+
+def rows_read(forward_batch: Any) -> torch.Tensor | None:
+    """Rows of the final states that SGLang's LogitsProcessor (0.5.23) reads in an extend batch; None for all.
+
+    It samples behind the last token of each sequence, and reads others where log-probs or hidden states are asked for,
+    or where prompts are only scored.
+    """
+    if (
+        forward_batch.return_logprob
+        or getattr(forward_batch, "is_prefill_only", False)
+        or forward_batch.capture_hidden_mode.need_capture()
+        or forward_batch.extend_seq_lens is None
+    ):
+        return None
+    return torch.cumsum(forward_batch.extend_seq_lens, 0) - 1

@@ -190,15 +190,18 @@ class SpanSplitting:
         common_attn_metadata: CommonAttentionMetadata,
         fast_build: bool = False,
         row_spans: Sequence[Spans] | None = None,
+        read: torch.Tensor | None = None,
     ) -> Any:
         rows = _step_spans if row_spans is None else row_spans
         batch = split_step(rows, common_attn_metadata)
         if batch is not None:
-            return self._build_split(common_attn_metadata, batch, fast_build)
-        common_attn_metadata = self._unsplit(common_attn_metadata)
-        metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
-        # Read by hrm_vllm.decode. A batch of no request's rows is a dry run, which has to warm up vLLM's own layers.
-        metadata.prefix_lm_decode = bool(rows) and common_attn_metadata.max_query_len <= 1
+            metadata = self._build_split(common_attn_metadata, batch, fast_build)
+        else:
+            common_attn_metadata = self._unsplit(common_attn_metadata)
+            metadata = super().build(common_prefix_len, common_attn_metadata, fast_build)  # type: ignore[misc]
+            # Read by hrm_vllm.decode. A batch of no request's rows is a dry run, which warms up vLLM's own layers.
+            metadata.prefix_lm_decode = bool(rows) and common_attn_metadata.max_query_len <= 1
+        metadata.prefix_lm_read = read  # by hrm_vllm.prefill, which passes it on
         return metadata
 
     def _build_split(self, common: CommonAttentionMetadata, batch: VirtualBatch, fast_build: bool) -> Any:

@@ -70,7 +70,7 @@ class Prefiller:
 
         batch = PrefillBatch(positions, metadata.slot_mapping, decoder.page_size(), decoder.cos_sin)
         z_H, z_L = decoder.body.begin(decoder.body.embed(input_ids))
-        return prefill(z_H, z_L, batch, decoder.caches, attend)
+        return prefill(z_H, z_L, batch, decoder.caches, attend, getattr(metadata, "prefix_lm_read", None))
 
     def _replayed(self, input_ids: torch.Tensor, positions: torch.Tensor, metadata: Any) -> torch.Tensor | None:
         if self.graphs is None:

@@ -1,6 +1,7 @@
 """Whole steps with prompts, and the kernels between GEMMs one by one."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -145,15 +146,24 @@ def test_a_prompt_in_two_steps_equals_the_oracle(body: HrmTextBody, reference: A
     prompt = torch.randint(12, shape.vocab_size, (tokens,), generator=torch.Generator().manual_seed(3))
     cache = torch.zeros(shape.plan.num_slots, 2, 3, PAGE, shape.num_heads, shape.head_dim, device=DEVICE)
     fused = FusedPrefill(body)
-    hidden = []
+    hidden, some = [], []
     for start, end, padding in ((0, first, 0), (first, tokens, 3)):
         ids = torch.nn.functional.pad(prompt[start:end], (0, padding), value=5).to(DEVICE)
         positions = torch.nn.functional.pad(torch.arange(start, end), (0, padding)).to(DEVICE)
         slots = torch.nn.functional.pad(torch.arange(start, end) + PAGE, (0, padding), value=-1).to(DEVICE)
         batch = PrefillBatch(positions, slots, PAGE, rope_table(shape).to(DEVICE))
-        z_H, z_L = body.begin(body.embed(ids))
-        z_H = fused(z_H, z_L, batch, lambda slot: (cache[slot, 0], cache[slot, 1]), attend(cache, spans, start, end))
-        hidden.append(z_H[: end - start])
+        begun = body.begin(body.embed(ids))
+        step = partial(fused, *begun, batch, lambda slot: (cache[slot, 0], cache[slot, 1]))
+        step = partial(step, attend(cache, spans, start, end))
+        hidden.append(step()[: end - start])
+        read = torch.tensor([2, end - start - 1], device=DEVICE)
+        written = cache.clone()
+        some.append((step(read), read))
+        assert torch.equal(cache, written)
+    for whole, (z_H, read) in zip(hidden, some, strict=True):
+        torch.testing.assert_close(z_H[read], whole[read], rtol=1e-5, atol=1e-5)
+        left = torch.ones(len(z_H), dtype=torch.bool, device=DEVICE).index_fill(0, read, False)
+        assert z_H[left].isnan().all()
     logprobs = body.lm_head(torch.cat(hidden)).float().log_softmax(-1).cpu()
     expected = token_logprobs(reference, prompt.tolist(), spans)
     got = logprobs[:-1].gather(1, prompt[1:, None])[:, 0]

@@ -7,6 +7,7 @@ import pytest
 
 pytest.importorskip("sglang")
 
+from hrm_text.spans import SPANS_OPTION
 from tests.sglang.engine import FUSED_LOG, TOLERANCE, Engine, generate, prompt, worst_deviation
 from tests.sglang.test_parallel_and_lora import LORA, check, make_adapters
 from tests.vllm.engine import Ask
@@ -26,7 +27,20 @@ def test_virtual_sequences_equal_the_oracle(tiny: str, reference: Any, tmp_path:
         assert worst_deviation(reference, engine, batch) <= TOLERANCE
         for spans in ((3, 9, 9, 14), (0, 12)):
             assert worst_deviation(reference, engine, [Ask(P, spans, max_tokens=2, score=True)]) <= TOLERANCE
+        # Where no log-probs are asked for, a prompt's last state is all that is computed behind the last attention.
+        asked = engine.ask(batch)
+        assert engine.call(tokens_alone, batch) == [answers[0].tokens for answers in asked]
     assert (FUSED_LOG in (tmp_path / "log").read_text()) == (kernels == "1")
+
+
+def tokens_alone(engine: Any, asks: list[Ask]) -> list[tuple[int, ...]]:
+    """What is emitted for `asks`, in one batch, without log-probs."""
+    engine.flush_cache()
+    params: list[dict[str, Any]] = [{"temperature": 0.0, "max_new_tokens": ask.max_tokens} for ask in asks]
+    for each, ask in zip(params, asks, strict=True):
+        each["custom_params"] = {SPANS_OPTION: list(ask.spans or ())}
+    outputs = engine.generate(input_ids=[list(ask.prompt) for ask in asks], sampling_params=params)
+    return [tuple(output["output_ids"]) for output in outputs]
 
 
 @pytest.mark.slow

@@ -27,7 +27,13 @@ class FusedPrefill:
         self.eps = body.shape.rms_norm_eps
 
     def __call__(
-        self, z_H: torch.Tensor, z_L: torch.Tensor, batch: PrefillBatch, caches: KVCaches, attend: Attend
+        self,
+        z_H: torch.Tensor,
+        z_L: torch.Tensor,
+        batch: PrefillBatch,
+        caches: KVCaches,
+        attend: Attend,
+        read: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """z_H after every step.
 
@@ -36,6 +42,8 @@ class FusedPrefill:
             batch: of these tokens.
             caches: (k_cache, v_cache) of a KV slot, as `rope_write` takes them.
             attend: the engine's attention.
+            read: the rows of z_H, integer, that the engine will read, None for all: behind the last attention nothing
+                else is computed, and what it does not read is NaN.
         """
         body = self.body
         stacks = {"L": body.L_module, "H": body.H_module}
@@ -45,11 +53,15 @@ class FusedPrefill:
             kind = body.steps[step]
             x, factors = add_rms(z_L, z_H, self.eps)
             squares: torch.Tensor | None = None
+            last = len(weights[kind]) - 1 if step == body.stage[-1] and kind == "H" and read is not None else None
             for index, layer in enumerate(weights[kind]):
                 slot = body.shape.plan.slot(step, index)
                 if index:
                     factors = products.factors(x, squares, self.eps)
-                squares = self.layer(x, factors, layer, products, batch, slot, caches, attend)
+                gqkv, left, out = self.attended(x, factors, layer, products, batch, slot, caches, attend)
+                if index == last:
+                    return self.rows(read, x, gqkv, left, out, layer)
+                squares = self.behind(x, gqkv, left, out, layer, products)
             z = norm(x, self.eps)
             z_L, z_H = (z, z_H) if kind == "L" else (z_L, z)
         return z_H
@@ -61,10 +73,11 @@ class FusedPrefill:
         block, slot = first_layer(self.body)
         x, factors = add_rms(z_L.contiguous(), z_H, self.eps)
         products = products_for(len(x), x.dtype, x.device)
-        self.layer(x, factors, weights_of(block), products, batch, slot, caches, attend)
+        attended = self.attended(x, factors, weights_of(block), products, batch, slot, caches, attend)
+        self.behind(x, *attended, weights_of(block), products)
         return norm(x, self.eps)
 
-    def layer(
+    def attended(
         self,
         x: torch.Tensor,
         factors: torch.Tensor,
@@ -74,21 +87,52 @@ class FusedPrefill:
         slot: int,
         caches: KVCaches,
         attend: Attend,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """A layer of (tokens, hidden) x, whose norm's factors are given, as far as attention; KV is in the cache then.
+
+        Returns:
+            [gate | q | k | v], the factors that it still lacks, and what attention found.
+        """
+        tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
+        gqkv, left = products.scaled(x, factors, weights[0])
+        rope_write(gqkv, left, batch, *caches(slot))
+        _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
+        return gqkv, left, attend(slot, q, k, v).view(tokens, heads * head_dim)
+
+    def behind(
+        self,
+        x: torch.Tensor,
+        gqkv: torch.Tensor,
+        left: torch.Tensor | None,
+        out: torch.Tensor,
+        weights: Weights,
+        products: Products,
     ) -> torch.Tensor | None:
-        """Changes (tokens, hidden) x, whose norm's factors are given, to what it is behind the layer.
+        """Changes x to what it is behind the layer, given what `attended` returned.
 
         Returns:
             What `products.factors` takes for the new x.
         """
-        tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
-        gqkv_proj, o_proj, gate_up_proj, down_proj = weights
-        gqkv, factors = products.scaled(x, factors, gqkv_proj)
-        rope_write(gqkv, factors, batch, *caches(slot))
-        _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
-        out = attend(slot, q, k, v).view(tokens, heads * head_dim)
-        gate_in_place(gqkv, factors, out)
+        _, o_proj, gate_up_proj, down_proj = weights
+        gate_in_place(gqkv, left, out)
         factors = products.factors(x, products.add(x, out, o_proj), self.eps)
         return products.add(x, products.swiglu(x, factors, gate_up_proj), down_proj)
+
+    def rows(
+        self,
+        read: torch.Tensor,
+        x: torch.Tensor,
+        gqkv: torch.Tensor,
+        left: torch.Tensor | None,
+        out: torch.Tensor,
+        weights: Weights,
+    ) -> torch.Tensor:
+        """z_H in the rows `read`, given what `attended` returned of the last layer; NaN in all others."""
+        own, products = x[read], products_for(len(read), x.dtype, x.device)
+        self.behind(own, gqkv[read], None if left is None else left[read], out[read], weights, products)
+        z_H = torch.full_like(x, float("nan"))
+        z_H[read] = norm(own, self.eps)
+        return z_H
 
 
 def weights_of(block: Block) -> Weights:
