@@ -85,6 +85,12 @@ def all_hooks() -> list[Hook]:
             "self.flash_attn_varlen_func = flash_attn_varlen_func",
         ),
         expect("graphs of steps with prompts", "srt/model_executor/runner/__init__.py", "    get_is_capture_mode,"),
+        # Behind the last attention of a step, only these states are computed.
+        expect(
+            "states that are read",
+            "srt/layers/logits_processor.py",
+            "last_index = torch.cumsum(logits_metadata.extend_seq_lens, dim=0) - 1",
+        ),
         *(
             wrap(
                 f"attention backend {name}",
@@ -97,6 +103,11 @@ def all_hooks() -> list[Hook]:
             "request spans",
             "sglang.srt.managers.tokenizer_manager:TokenizerManager._create_tokenized_object",
             requests.with_spans,
+        ),
+        wrap(
+            "options among fields",
+            "sglang.srt.managers.tokenizer_manager:TokenizerManager.generate_request",
+            requests.with_fields,
         ),
         wrap(
             "chat",

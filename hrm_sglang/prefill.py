@@ -88,7 +88,7 @@ def rows_read(forward_batch: Any) -> torch.Tensor | None:
     """
     if (
         forward_batch.return_logprob
-        or getattr(forward_batch, "is_prefill_only", False)
+        or forward_batch.is_prefill_only
         or forward_batch.capture_hidden_mode.need_capture()
         or forward_batch.extend_seq_lens is None
     ):

@@ -1,21 +1,26 @@
 """Admission: every request gets its spans, or a 400 that names the fault."""
 
+import contextlib
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any
+
+from fastapi import Request
 
 from hrm_sglang.spans import is_hrm_text
 from hrm_text.envelope import ChatEncoder
 from hrm_text.spans import (
     LOGPROBS_OPTION,
     NO_ENVELOPE,
+    PREFIX,
     SPANS_OPTION,
     SpanRule,
     check_scoring,
     flatten,
     lacks_envelope,
     logprobs_option,
+    merged_options,
     request_spans,
 )
 
@@ -68,6 +73,33 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return _create_tokenized_object
+
+
+def with_fields(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `TokenizerManager.generate_request`, whose callers hand over the HTTP request (SGLang 0.5.20 to 0.5.23).
+
+    Options among the body's own fields, which SGLang drops.
+    """
+
+    async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
+        if rule_of(self) is not None and isinstance(request, Request) and await request.body():
+            fields = await request.json()  # which FastAPI has read, and kept
+            own = {key: value for key, value in dict(fields).items() if key.startswith(PREFIX)}
+            if own:
+                obj.sampling_params = _merged(own, obj.sampling_params)
+        async with contextlib.aclosing(original(self, obj, request)) as answers:
+            async for answer in answers:
+                yield answer
+
+    return generate_request
+
+
+def _merged(fields: Mapping[str, Any], params: Any) -> Any:
+    """Sampling parameters of one prompt, or a list of many prompts', with options of ours among their custom ones."""
+    if isinstance(params, list):
+        return [_merged(fields, each) for each in params]
+    params = params or {}
+    return {**params, "custom_params": merged_options(fields, params.get("custom_params"))}
 
 
 def rule_of(manager: Any) -> SpanRule | None:

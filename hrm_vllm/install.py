@@ -69,6 +69,14 @@ def all_hooks() -> list[Hook]:
         ),
         wrap("config names", "transformers:AutoConfig.from_pretrained", model_names.resolving_path),
         wrap("request spans", "vllm.v1.engine.input_processor:InputProcessor.process_inputs", requests.with_spans),
+        *(
+            wrap("options among fields", f"vllm.entrypoints.openai.{body}.to_sampling_params", requests.with_fields)
+            for body in (
+                "completion.protocol:CompletionRequest",
+                "chat_completion.protocol:ChatCompletionRequest",
+                "responses.protocol:ResponsesRequest",
+            )
+        ),
         wrap(
             "no beam search",
             "vllm.v1.engine.input_processor:InputProcessor.resolve_watermarking",
@@ -116,6 +124,13 @@ def all_hooks() -> list[Hook]:
             "graphs of steps with prompts",
             "v1/worker/gpu/model_runner.py",
             "self.model_state.capture_inner_cudagraphs(",
+        ),
+        # Behind the last attention of a step, only these states are computed, and all of a scored prompt's.
+        expect(
+            "states that are read",
+            "v1/worker/gpu/model_runner.py",
+            "sample_hidden_states = hidden_states[input_batch.logits_indices]",
+            times=2,
         ),
         # A compiled stack runs at other steps by what it finds here under its layers' names.
         expect(

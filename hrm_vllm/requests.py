@@ -19,6 +19,7 @@ from hrm_text.spans import (
     flatten,
     lacks_envelope,
     logprobs_option,
+    merged_options,
     request_spans,
 )
 from hrm_vllm.errors import RequestError
@@ -72,6 +73,21 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
         return request
 
     return process_inputs
+
+
+def with_fields(original: Callable[..., Any]) -> Callable[..., Any]:
+    """For `to_sampling_params` of the bodies that vLLM's server takes (0.32.0): options among the body's own fields."""
+
+    def to_sampling_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        params = original(self, *args, **kwargs)
+        try:
+            options = merged_options(self.model_extra or {}, params.extra_args)
+        except SpanError as error:
+            raise RequestError(str(error), parameter=error.field, value=error.value) from error
+        params.extra_args = options or params.extra_args
+        return params
+
+    return to_sampling_params
 
 
 def refusing_beams(original: Callable[..., Any]) -> Callable[..., Any]:

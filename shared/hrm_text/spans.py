@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 Span = tuple[int, int]
 Spans = tuple[Span, ...]
 
-SPANS_OPTION = "prefix_lm_spans"
-LOGPROBS_OPTION = "prefix_lm_span_logprobs"
+PREFIX = "prefix_lm"
+SPANS_OPTION = f"{PREFIX}_spans"
+LOGPROBS_OPTION = f"{PREFIX}_span_logprobs"
 MAX_SPANS = 256
 NO_ENVELOPE = (
     "A prompt came without HRM-Text's envelope (<|im_start|>, condition, text, <|im_end|>); it is taken "
@@ -85,6 +86,24 @@ def request_spans(prompt_ids: Sequence[int], options: Mapping[str, Any] | None, 
     return tuple(span for span in spans if span[1] - span[0] > 1)
 
 
+def merged_options(fields: Mapping[str, Any], options: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`options` of a request with those of our prefix among its body's own `fields`.
+
+    That is where OpenAI's client puts what is not OpenAI's (`extra_body`), and where engines ignore what they do not
+    know: a request would be served with other spans than it names.
+
+    Raises:
+        SpanError: an option is in both places, with different values.
+    """
+    merged = dict(options or {})
+    for key, value in fields.items():
+        if not key.startswith(PREFIX) or value is None:
+            continue
+        if merged.setdefault(key, value) != value:
+            raise SpanError(f"is {value!r} in the request and {merged[key]!r} in its options", field=key, value=value)
+    return merged
+
+
 def logprobs_option(options: Mapping[str, Any]) -> bool:
     """`prefix_lm_span_logprobs` of a request's options.
 
@@ -92,7 +111,7 @@ def logprobs_option(options: Mapping[str, Any]) -> bool:
         SpanError: it is not a boolean, or another option of our prefix is a misspelt one.
     """
     for key in options:
-        if key.startswith("prefix_lm") and key not in (SPANS_OPTION, LOGPROBS_OPTION):
+        if key.startswith(PREFIX) and key not in (SPANS_OPTION, LOGPROBS_OPTION):
             raise SpanError(f"is unknown; there are {SPANS_OPTION} and {LOGPROBS_OPTION}", field=key, value=key)
     value = options.get(LOGPROBS_OPTION, False)
     if value in (True, False):

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hrm_text.spans import (
+    LOGPROBS_OPTION,
     MAX_SPANS,
     SPANS_OPTION,
     Envelope,
@@ -23,6 +24,7 @@ from hrm_text.spans import (
     envelope_spans,
     flatten,
     lacks_envelope,
+    merged_options,
     parse_spans,
     pieces,
     request_spans,
@@ -99,6 +101,15 @@ def test_a_checkpoint_without_prefix_lm_refuses_spans() -> None:
         request_spans([*TURN, X], options(0, 4), SpanRule(ENVELOPE, prefix_lm=False))
 
     assert (refused.value.field, refused.value.value) == (SPANS_OPTION, [0, 4])
+
+
+def test_options_may_stand_among_a_requests_own_fields() -> None:
+    fields = {"model": "x", SPANS_OPTION: [0, 4], LOGPROBS_OPTION: None}
+    assert merged_options(fields, None) == {SPANS_OPTION: [0, 4]}
+    assert merged_options(fields, {"other": 1, SPANS_OPTION: [0, 4]}) == {"other": 1, SPANS_OPTION: [0, 4]}
+    assert merged_options({"prefix_lm_typo": 1}, {}) == {"prefix_lm_typo": 1}, "to be refused with the others"
+    with pytest.raises(SpanError, match=r"prefix_lm_spans: is \[0, 4\] in the request and \[\] in its options"):
+        merged_options(fields, {SPANS_OPTION: []})
 
 
 @given(st.lists(st.sampled_from([START, END, X]), max_size=20))

@@ -132,6 +132,25 @@ def test_raw_text_and_its_spans(server: Server) -> None:
     assert (status, answer["choices"][0]["text"]) == (200, "42")
 
 
+@pytest.mark.parametrize("path", ["/generate", "/v1/completions"])
+def test_spans_among_the_bodys_fields(server: Server, path: str) -> None:
+    """As OpenAI's client puts its extra_body: the same log-probs as by custom_params, others than of other spans."""
+    prompt = list(range(20, 60))
+
+    def answer(**fields: Any) -> list[float]:
+        if path == "/generate":
+            params = {"temperature": 0, "max_new_tokens": 2, "custom_params": fields.pop("custom_params", None)}
+            body = {"input_ids": prompt, "sampling_params": params, "return_logprob": True, **fields}
+            return [value for value, *_ in server.call(path, body)[1]["meta_info"]["output_token_logprobs"]]
+        body = {"prompt": prompt, "temperature": 0, "max_tokens": 2, "logprobs": 1, **fields}
+        return server.call(path, body)[1]["choices"][0]["logprobs"]["token_logprobs"]
+
+    options = {"prefix_lm_spans": [0, 10, 10, 25]}
+    given = answer(**options)
+    assert given == pytest.approx(answer(custom_params=options), abs=TOLERANCE, rel=0)
+    assert given != pytest.approx(answer(custom_params={"prefix_lm_spans": []}), abs=100 * TOLERANCE, rel=0)
+
+
 def test_a_missing_envelope_is_said_once(server: Server) -> None:
     said = "came without HRM-Text's envelope"
     with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/health_generate", timeout=PATIENCE) as response:
@@ -182,6 +201,12 @@ def test_select_goes_by_the_oracles_logprobs(server: Server) -> None:
         ({"custom_params": {"prefix_lm_spans": [0, 9999]}}, "out of range: it needs 0 <= start < end <="),
         ({"custom_params": {"prefix_lm_spans": [3, 3]}}, "span [3, 3) is empty"),
         ({"custom_params": {"prefix_lm_spans": "0,3"}}, "must be a flat list of integers"),
+        ({"prefix_lm_spans": [0, 9999]}, "out of range: it needs 0 <= start < end <="),
+        ({"prefix_lm_span": [0, 3]}, "prefix_lm_span: is unknown"),
+        (
+            {"prefix_lm_spans": [0, 3], "custom_params": {"prefix_lm_spans": [0, 4]}},
+            "is [0, 3] in the request and [0, 4]",
+        ),
     ],
 )
 def test_a_fault_is_a_400_that_names_it(server: Server, body: dict[str, Any], message: str) -> None:

@@ -182,15 +182,16 @@ def test_raw_text_is_one_span_and_said_once(server: Server) -> None:
     assert server.log.read_text().count("came without HRM-Text's envelope") == 1
 
 
-def test_spans_over_http(server: Server, nano_reference: Any) -> None:
-    prompt = list(range(20, 60))
+@pytest.mark.parametrize("where", ["vllm_xargs", "the body, as OpenAI's extra_body"])
+def test_spans_over_http(server: Server, nano_reference: Any, where: str) -> None:
+    prompt, options = list(range(20, 60)), {"prefix_lm_spans": [0, 10, 10, 25]}
     status, body = server.post(
         "/v1/completions",
         prompt=prompt,
         max_tokens=4,
         logprobs=0,
         return_token_ids=True,
-        vllm_xargs={"prefix_lm_spans": [0, 10, 10, 25]},
+        **({where: options} if where == "vllm_xargs" else options),
     )
     assert status == 200, body
     choice = body["choices"][0]
@@ -243,6 +244,18 @@ BAD: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         ["1024"],
     ),
     "misspelt option": ("/v1/completions", spans(0, 4, prefix_lm_span=1), ["prefix_lm_span:", "prefix_lm_spans"]),
+    "among the body's fields": (
+        "/v1/completions",
+        {"prompt": list(range(20, 60)), "max_tokens": 1, "prefix_lm_spans": "0,5"},
+        ["prefix_lm_spans", "0,5"],
+    ),
+    "in a chat's body": ("/v1/chat/completions", {"messages": CHAT_TURN, "prefix_lm_spans": [0, 999]}, ["[0, 999)"]),
+    "in both places": (
+        "/v1/completions",
+        spans(0, 4) | {"prefix_lm_spans": [0, 5]},
+        ["prefix_lm_spans", "[0, 5]", "[0, 4]"],
+    ),
+    "misspelt in the body": ("/v1/completions", spans(0, 4) | {"prefix_lm_span": [0, 4]}, ["prefix_lm_span:"]),
     "scores inside a span": (
         "/v1/completions",
         {"prompt": list(range(20, 60)), "max_tokens": 1, "echo": True, "logprobs": 0},
