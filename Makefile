@@ -24,7 +24,7 @@ serve:  ## start an OpenAI-compatible server on MODEL at PORT
 	@$(SETUP) $(ENGINE)
 	@PATH="$(CURDIR)/.venv/$(ENGINE)/bin:$$PATH" exec .venv/$(ENGINE)/bin/$(SERVE_$(ENGINE)) --port $(PORT) $(ARGS)
 
-test:  ## run the tests, each engine's in its own environment; ARGS="-k spans" and the like go to pytest
+test:  ## run the tests, each engine's in its own environment, two at a time on a CPU; ARGS="-k spans", "-n0 -s" and the like go to pytest
 	@exec $(PYTHON) tools/run_tests.py $(ARGS)
 
 lint:  ## ruff and mypy
