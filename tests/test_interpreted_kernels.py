@@ -21,9 +21,8 @@ assert len(FILES) >= 10
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="tests/kernels run on the GPU itself")
-@pytest.mark.parametrize("file", [pytest.param(file, marks=pytest.mark.xdist_group(file)) for file in FILES])
+@pytest.mark.parametrize("file", FILES)
 def test_kernels_under_the_interpreter(file: str) -> None:
-    """Ten minutes together, of a core each."""
     pytest.importorskip("triton")
     assert "passed" in python("-m", "pytest", "-q", "-p", "no:cacheprovider", file, TRITON_INTERPRET="1")
 

@@ -70,5 +70,5 @@ def test_two_tests_at_a_time_but_on_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(run_tests, "has_nvidia_gpu", lambda: gpu)
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert run_tests.run(["tests/core"]) == 0
-    words = "7 -m pytest" if gpu else "1 -m pytest -n 2 --dist loadgroup"
+    words = "7 -m pytest" if gpu else "1 -m pytest -n 2 --dist loadfile"
     assert (tmp_path / "said").read_text() == f"{words} {CORE}\n"

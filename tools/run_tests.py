@@ -21,8 +21,8 @@ FAILED = 1
 SGLANG_TESTS = ROOT / "tests/sglang"
 # What follows these is no path, whatever it looks like.
 TAKE_A_VALUE = ("-k", "-m", "-n", "-p", "-c", "-o", "-W", "--deselect", "--ignore", "--junitxml", "--dist")
-# Most tests are one core's work. On a GPU they would share its memory.
-TWO_AT_A_TIME = ("-n", "2", "--dist", "loadgroup")
+# Most tests are one core's work, and those of a file share engines. On a GPU two would share its memory.
+TWO_AT_A_TIME = ("-n", "2", "--dist", "loadfile")
 
 
 def for_vllm(path: Path) -> Path | None:
