@@ -68,26 +68,8 @@ class Kernel:
         return output
 
 
-def unpaged_schedule(**made_for: Any) -> dict[str, Any]:
-    """`get_scheduler_metadata`."""
-    return {key: value.tolist() if torch.is_tensor(value) else value for key, value in made_for.items()}
-
-
 def unpaged_kernel(**call: Any) -> None:
     """`flash_attn_varlen_func` without pages: every sequence sees its own keys, all of them."""
-    assert call["scheduler_metadata"] == {
-        "batch_size": len(call["cu_seqlens_q"]) - 1,
-        "max_seqlen_q": call["max_seqlen_q"],
-        "max_seqlen_k": call["max_seqlen_k"],
-        "num_heads_q": HEADS,
-        "num_heads_kv": HEADS,
-        "headdim": DIM,
-        "cache_seqlens": call["cu_seqlens_k"].diff().tolist(),
-        "qkv_dtype": torch.bfloat16,
-        "cu_seqlens_q": call["cu_seqlens_q"].tolist(),
-        "causal": call["causal"],
-        "num_splits": call["num_splits"],
-    }
     assert not call["causal"] and call["cu_seqlens_k"].tolist() == call["cu_seqlens_q"].tolist()
     starts = call["cu_seqlens_q"].tolist()
     assert max(b - a for a, b in pairwise(starts)) == call["max_seqlen_q"] == call["max_seqlen_k"]
@@ -99,8 +81,6 @@ def unpaged_kernel(**call: Any) -> None:
 class Builder:
     aot_schedule = True
     kv_cache_dtype = torch.bfloat16
-    num_heads_q = num_heads_kv = HEADS
-    headdim = DIM
 
     def _get_scheduler_metadata(self, **made_for: Any) -> dict[str, Any]:
         return {key: value.tolist() if torch.is_tensor(value) else value for key, value in made_for.items()}
@@ -201,7 +181,6 @@ def test_any_batch_equals_the_mask(
     with (
         mock.patch.object(flash_attention, "MIN_UNPAGED_TOKENS", min_unpaged),
         mock.patch.object(fa_utils, "flash_attn_varlen_func", unpaged_kernel, create=True),
-        mock.patch.object(fa_utils, "get_scheduler_metadata", unpaged_schedule, create=True),
     ):
         metadata = builder.build(0, common, row_spans=[spans for *_, spans in drawn])
         kernel.forward(None, query, key, value, cache, metadata, output)
@@ -236,9 +215,8 @@ def test_which_prompts_read_their_own_keys() -> None:
 def test_the_rows_that_will_be_read_go_with_the_metadata(kind: str, spans: Spans) -> None:
     common, _ = batch_of([(0, 8, spans), (5, 6, ())], 0)
     read = torch.tensor([7, 8])
-    with mock.patch.object(fa_utils, "get_scheduler_metadata", unpaged_schedule, create=True):
-        build = partial(BACKENDS[kind][0]().build, 0, common, row_spans=[spans, ()])
-        assert build(read=read).prefix_lm_read is read and build().prefix_lm_read is None
+    build = partial(BACKENDS[kind][0]().build, 0, common, row_spans=[spans, ()])
+    assert build(read=read).prefix_lm_read is read and build().prefix_lm_read is None
 
 
 @pytest.mark.parametrize("kind", BACKENDS)
