@@ -13,7 +13,6 @@ from hrm_text.envelope import ChatEncoder
 from hrm_text.spans import (
     LOGPROBS_OPTION,
     NO_ENVELOPE,
-    PREFIX,
     SPANS_OPTION,
     SpanRule,
     check_scoring,
@@ -84,9 +83,7 @@ def with_fields(original: Callable[..., Any]) -> Callable[..., Any]:
     async def generate_request(self: Any, obj: Any, request: Any = None) -> AsyncIterator[Any]:
         if rule_of(self) is not None and isinstance(request, Request) and await request.body():
             fields = await request.json()  # which FastAPI has read, and kept
-            own = {key: value for key, value in dict(fields).items() if key.startswith(PREFIX)}
-            if own:
-                obj.sampling_params = _merged(own, obj.sampling_params)
+            obj.sampling_params = _merged(fields, obj.sampling_params)
         async with contextlib.aclosing(original(self, obj, request)) as answers:
             async for answer in answers:
                 yield answer

@@ -24,7 +24,7 @@ from hrm_text.spans import (
 )
 from hrm_vllm.errors import RequestError
 from hrm_vllm.lora import check_once
-from hrm_vllm.spans import rule_of
+from hrm_vllm.spans import rule_of, scores_prompt
 
 logger = init_logger("vllm.hrm_vllm")
 
@@ -59,7 +59,7 @@ def with_spans(original: Callable[..., Any]) -> Callable[..., Any]:
             spans = request_spans(request.prompt_token_ids, options, rule)
             _check_length(spans, self.vllm_config)
             allow_inside = logprobs_option(options)
-            scores = params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None
+            scores = scores_prompt(params)
             if scores and not allow_inside:
                 _check_scoring(spans, len(request.prompt_token_ids), params)
         except SpanError as error:

@@ -10,7 +10,7 @@ from vllm.v1.worker.gpu.model_states.interface import ModelSpecificAttnMetadata
 
 from hrm_text.spans import Spans
 from hrm_vllm.attention import SpanSplitting
-from hrm_vllm.spans import rule_of, spans_of
+from hrm_vllm.spans import rule_of, scores_prompt, spans_of
 
 
 class RowSpans(ModelSpecificAttnMetadata):
@@ -42,7 +42,8 @@ class HrmTextModelState(DefaultModelState):
         self._spans[new_req_data.req_id] = spans_of(
             new_req_data.prompt_token_ids, new_req_data.sampling_params, self._rule
         )
-        if scores_prompt(new_req_data.sampling_params):
+        params = new_req_data.sampling_params
+        if params is None or scores_prompt(params):
             self._scored.add(new_req_data.req_id)
 
     def remove_request(self, req_id: str) -> None:
@@ -62,9 +63,3 @@ class HrmTextModelState(DefaultModelState):
         """Steps with prompts, after vLLM has captured decode steps; again when it has bound its last KV caches."""
         super().capture_inner_cudagraphs(*args, **kwargs)
         self.model.prefiller.capture(self.device)
-
-
-def scores_prompt(params: Any) -> bool:
-    """Whether a request's prompt is scored, by its sampling parameters; None where it does not sample."""
-    fields = ("prompt_logprobs", "prompt_logprob_token_ids")
-    return params is None or any(getattr(params, field, None) is not None for field in fields)

@@ -50,3 +50,8 @@ def spans_of(prompt_ids: list[int] | None, sampling_params: Any, rule: SpanRule)
     """
     options = getattr(sampling_params, "extra_args", None)
     return request_spans(prompt_ids or [], options, rule)
+
+
+def scores_prompt(params: Any) -> bool:
+    """Whether sampling parameters ask for log-probs of a prompt's tokens, by their ranks or by their ids."""
+    return params.prompt_logprobs is not None or params.prompt_logprob_token_ids is not None

@@ -81,9 +81,9 @@ def run(words: Sequence[str]) -> int:
         except Unavailable as reason:
             said[suite] = f"LEFT OUT: {reason}"
     statuses: dict[str, int] = {}
+    options, environment = ((), {}) if has_nvidia_gpu() else (TWO_AT_A_TIME, {"OMP_NUM_THREADS": "1"})
     for suite, python in pythons.items():
         print(f"tests: {suite}", flush=True)
-        options, environment = ((), {}) if has_nvidia_gpu() else (TWO_AT_A_TIME, {"OMP_NUM_THREADS": "1"})
         command = [str(python), "-m", "pytest", *options, *(chosen[suite] or ())]
         status = statuses[suite] = subprocess.run(command, cwd=ROOT, env=os.environ | environment).returncode
         said[suite] = {0: "passed", NOTHING_SELECTED: "nothing selected"}.get(status, f"pytest ended with {status}")

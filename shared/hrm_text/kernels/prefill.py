@@ -53,13 +53,12 @@ class FusedPrefill:
             kind = body.steps[step]
             x, factors = add_rms(z_L, z_H, self.eps)
             squares: torch.Tensor | None = None
-            last = len(weights[kind]) - 1 if step == body.stage[-1] and kind == "H" and read is not None else None
             for index, layer in enumerate(weights[kind]):
                 slot = body.shape.plan.slot(step, index)
                 if index:
                     factors = products.factors(x, squares, self.eps)
                 gqkv, left, out = self.attended(x, factors, layer, products, batch, slot, caches, attend)
-                if index == last:
+                if read is not None and step == body.stage[-1] and layer is weights[kind][-1]:
                     return self.rows(read, x, gqkv, left, out, layer)
                 squares = self.behind(x, gqkv, left, out, layer, products)
             z = norm(x, self.eps)
