@@ -33,7 +33,7 @@ from hrm_text.kernels.linear import (
     register_tile,
     tensor_core_parts,
 )
-from hrm_text.kernels.pointwise import COLUMNS, ROPE_ROWS, _factors, _gate, _rms, _rope_write, _swiglu
+from hrm_text.kernels.pointwise import COLUMNS, ROPE_ROWS, PrefillBatch, _factors, _gate, _rms, _rope_write, _swiglu
 from hrm_text.kernels.staged import COPIES, Geometry, code_for
 from hrm_text.kernels.swiglu import _scaled_swiglu
 
@@ -100,7 +100,7 @@ def compile_quack() -> None:
     os.environ |= {"CUTE_DSL_ARCH": "sm_90a", "QUACK_ARCH": "90"}  # read when it is imported
     try:
         from cutlass.utils import HardwareInfo
-        from quack.epilogue.frontend import EpiMod
+        from quack.epilogue.frontend import EpiMod, EpiPlan
 
         from hrm_text.kernels import quack_products
     except ImportError as error:
@@ -108,12 +108,15 @@ def compile_quack() -> None:
         return
     x, out, factors = torch.zeros(300, 256).bfloat16(), torch.zeros(300, 512).bfloat16(), torch.ones(300)
     weight, products, gemm = torch.zeros(512, 256).bfloat16(), quack_products.QuackProducts(), EpiMod.gemm
+    slots, caches = torch.arange(300), torch.zeros(2, 20, 16, 1, 128).bfloat16()
+    batch = PrefillBatch(slots, slots, 16, torch.zeros(300, 128))
     with (
         patch.object(HardwareInfo, "__init__", lambda *_: None),
         patch.object(HardwareInfo, "get_max_active_clusters", lambda *_, **__: 66),
+        patch.object(EpiPlan, "run"),
         patch.object(EpiMod, "gemm", lambda *args, **options: gemm(*args, **options, _launch=False)),
     ):
-        print("quack scaled", products.scaled(x, factors, weight)[0].shape)
+        print("quack gqkv", products.gqkv(x, factors, weight, batch, *caches)[0].shape)
         print("quack add", products.add(out, x, weight).shape)
         print("quack swiglu", products.swiglu(x, factors, weight).shape)
 

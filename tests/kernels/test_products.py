@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from hrm_text.kernels.pointwise import factors_of, rms
+from hrm_text.kernels.pointwise import PrefillBatch, factors_of, rms
 from hrm_text.kernels.prefill_graphs import SIZES
 from hrm_text.kernels.products import MANY_TOKENS, CublasProducts, Products, products_for, products_of_many, try_out
 from tests.kernels.conftest import DEVICE
 from tests.kernels.projections import check_replays, gpu
+from tests.kernels.test_prefill import PAGE, caches_of, turn
 
 EPS = 1e-6
 TOLERANCE = 5e-3
@@ -38,14 +39,20 @@ def test_few_tokens_and_other_types_stay_with_cublas() -> None:
     assert DEVICE == "cuda" or products_of_many(torch.bfloat16, device) is None
 
 
-@pytest.mark.parametrize("wrong", ["scaled", "add", "its factors", "swiglu"])
+@pytest.mark.parametrize("wrong", ["gqkv", "its KV", "add", "its factors", "swiglu"])
 def test_products_that_are_wrong_are_refused(wrong: str) -> None:
     class Wrong(CublasProducts):
-        def scaled(
-            self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+        def gqkv(
+            self,
+            x: torch.Tensor,
+            factors: torch.Tensor,
+            weight: torch.Tensor,
+            batch: PrefillBatch,
+            *caches: torch.Tensor,
         ) -> tuple[torch.Tensor, torch.Tensor | None]:
-            product, factors = super().scaled(x, factors, weight)
-            return product, None if wrong == "scaled" else factors
+            product, left = super().gqkv(x, factors, weight, batch, *caches)
+            caches[1][3, 5, 1] *= torch.nan if wrong == "its KV" else 1
+            return product, None if wrong == "gqkv" else left
 
         def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> None:
             super().add(x, a, weight)
@@ -75,33 +82,74 @@ def quack() -> Products:
 def test_quacks_equal_float64(tokens: int) -> None:
     hidden, wide = 1536, 4096
     x, a, act = normal(tokens, hidden), normal(tokens, hidden), normal(tokens, wide)
-    gqkv, o, gate_up, down = (
-        normal(*size, scale=size[1] ** -0.5)
-        for size in ((4 * hidden, hidden), (hidden, hidden), (2 * wide, hidden), (hidden, wide))
+    o, gate_up, down = (
+        normal(*size, scale=size[1] ** -0.5) for size in ((hidden, hidden), (2 * wide, hidden), (hidden, wide))
     )
-    poison = [
-        torch.full((tokens, width), float("nan"), device=DEVICE).bfloat16() for width in (4 * hidden, wide, 8, 16)
-    ]
-    del poison  # what is allocated next takes its memory
+    poison(tokens, wide, 8, 16)
     products = quack()
     for given, weight in ((a, o), (act, down)):
         expected = x.double() + given.double() @ weight.double().t()
         factors = products.factors(x, products.add(x, given, weight), EPS)
         assert close(x, expected) and close(factors, torch.rsqrt(expected.square().mean(-1) + EPS))
     factors = rms(x, EPS)
-    product, left = products.scaled(x, factors, gqkv)
-    assert left is None and close(product, factors.double()[:, None] * (x.double() @ gqkv.double().t()))
     gate, up = (factors.double()[:, None] * (x.double() @ gate_up.double().t())).chunk(2, -1)
     assert close(products.swiglu(x, factors, gate_up), torch.nn.functional.silu(gate) * up)
+
+
+def poison(tokens: int, *widths: int) -> None:
+    """What is allocated next takes this memory."""
+    for _ in [torch.full((tokens, width), float("nan"), device=DEVICE).bfloat16() for width in widths]:
+        pass
+
+
+@gpu
+@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize(("tokens", "heads"), [(1, 12), (127, 3), (128, 1), (300, 12), (2048, 12), (2500, 5)])
+def test_quacks_gqkv_equals_float64(tokens: int, heads: int, across: bool) -> None:
+    """Rotated and in the cache, in the layouts of both engines; padding nowhere, and nothing else is written."""
+    hidden, dim, products = 1536, 128, quack()
+    x, weight, factors = normal(tokens, hidden), normal(4 * heads * dim, hidden, scale=0.03), torch.rand(tokens).cuda()
+    k_cache, v_cache = caches_of(tokens // PAGE + 2, heads, dim, torch.bfloat16, across)
+    slots = torch.randperm(len(k_cache) * PAGE, device=DEVICE)[:tokens]
+    slots[tokens // 2 :: 5] = -1
+    batch = PrefillBatch(torch.randint(4096, (tokens,), device=DEVICE), slots, PAGE, normal(4096, dim))
+    poison(tokens, len(weight))
+    product, left = products.gqkv(x, factors, weight, batch, k_cache, v_cache)
+    assert left is None
+    wide = (factors.double()[:, None] * (x.double() @ weight.double().t())).view(tokens, 4, heads, dim)
+    table = batch.cos_sin.double()[batch.positions]
+    gate, q, k, v = product.view(tokens, 4, heads, dim).unbind(1)
+    assert close(gate, wide[:, 0]) and close(v, wide[:, 3])
+    assert close(q, turn(wide[:, 1], table)) and close(k, turn(wide[:, 2], table))
+    there = slots >= 0
+    for cache, mine in ((k_cache, k), (v_cache, v)):
+        assert torch.equal(cache[slots[there] // PAGE, slots[there] % PAGE], mine[there])
+        assert int((cache != 7).any(-1).sum()) == int(there.sum()) * heads
+
+
+@gpu
+def test_what_quacks_gqkv_was_not_compiled_for() -> None:
+    """Takes cuBLAS: heads of 64, indices of 32 bits."""
+    for dim, dtype in ((64, torch.int64), (128, torch.int32)):
+        x, weight, factors = normal(70, 256), normal(4 * 2 * dim, 256, scale=1 / 16), torch.rand(70).cuda()
+        batch = PrefillBatch(
+            torch.arange(70, device=DEVICE).to(dtype), torch.arange(70, device=DEVICE).to(dtype), PAGE, normal(70, dim)
+        )
+        caches = [caches_of(5, 2, dim, torch.bfloat16, True) for _ in range(2)]
+        mine, left = quack().gqkv(x, factors, weight, batch, *caches[0])
+        other, _ = CublasProducts().gqkv(x, factors, weight, batch, *caches[1])
+        assert left is factors and torch.equal(mine, other) and torch.equal(caches[0][0], caches[1][0])
 
 
 @gpu
 def test_bad_numbers_come_through_quack() -> None:
     x, weight, products = normal(300, 256), normal(512, 256), quack()
+    caches, tokens = caches_of(20, 1, 128, torch.bfloat16, False), torch.arange(300, device=DEVICE)
+    batch = PrefillBatch(tokens, tokens, PAGE, normal(300, 128))
     for bad in (float("nan"), float("inf")):
         x[7, 3] = bad
         total, ones = normal(300, 512), torch.ones(300, device=DEVICE)
-        results = products.scaled(x, ones, weight)[0], products.swiglu(x, ones, weight), total
+        results = products.gqkv(x, ones, weight, batch, *caches)[0], products.swiglu(x, ones, weight), total
         factors = products.factors(total, products.add(total, x, weight), EPS)
         for each in results:
             assert not each[7].isfinite().all() and each[:7].isfinite().all() and each[8:].isfinite().all()
@@ -116,10 +164,13 @@ def test_quacks_in_a_graph() -> None:
         normal(rows, width, scale=width**-0.5) for rows, width in ((1024, 256), (256, 1024), (1024, 256), (256, 512))
     ]
 
+    caches, tokens = caches_of(200, 2, 128, torch.bfloat16, True), torch.arange(2500, device=DEVICE)
+    batch = PrefillBatch(tokens, tokens, PAGE, normal(2500, 128))
+
     def run() -> list[torch.Tensor]:
-        wide, total = products.scaled(x, ones, weights[0])[0], x.clone()
+        wide, total = products.gqkv(x, ones, weights[0], batch, *caches)[0], x.clone()
         factors = products.factors(total, products.add(total, wide, weights[1]), EPS)
         act = products.swiglu(total, factors, weights[2])
-        return [wide, factors, act, products.factors(total, products.add(total, act, weights[3]), EPS), total]
+        return [wide, *caches, factors, act, products.factors(total, products.add(total, act, weights[3]), EPS), total]
 
     check_replays(run, run(), 50)

@@ -5,6 +5,7 @@ normed activations are never written.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,6 +35,15 @@ class PrefillBatch:
     write_slots: torch.Tensor
     page_size: int
     cos_sin: torch.Tensor
+
+    @cached_property
+    def turns(self) -> torch.Tensor:
+        """(positions, head_dim) float16: [cos, sin] of columns as `quack_gqkv` reads them, made when asked for.
+
+        Of pairs 8 j + 2 l and the next, j and j + 1 side by side for lane l of four. It errs by 2e-4 at most.
+        """
+        pairs = torch.stack(self.cos_sin.chunk(2, -1), -1).half()
+        return pairs.view(len(pairs), -1, 2, 4, 2, 2).transpose(2, 3).flatten(1)
 
 
 def rows_of(device: torch.device, rows: int = 1) -> int:

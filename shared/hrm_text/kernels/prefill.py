@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from hrm_text.kernels.decode import KVCaches
-from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm, rope_write
+from hrm_text.kernels.pointwise import PrefillBatch, add_rms, gate_in_place, norm
 from hrm_text.kernels.products import Products, products_for
 from hrm_text.model import Block, HrmTextBody
 
@@ -90,11 +90,10 @@ class FusedPrefill:
         """A layer of (tokens, hidden) x, whose norm's factors are given, as far as attention; KV is in the cache then.
 
         Returns:
-            [gate | q | k | v], the factors that it still lacks, and what attention found.
+            [gate | q | k | v], the factors that the gate still lacks, and what attention found.
         """
         tokens, heads, head_dim = len(x), self.body.shape.num_heads, self.body.shape.head_dim
-        gqkv, left = products.scaled(x, factors, weights[0])
-        rope_write(gqkv, left, batch, *caches(slot))
+        gqkv, left = products.gqkv(x, factors, weights[0], batch, *caches(slot))
         _, q, k, v = gqkv.view(tokens, 4, heads, head_dim).unbind(1)
         return gqkv, left, attend(slot, q, k, v).view(tokens, heads * head_dim)
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import linear
 
 from hrm_text.kernels.launch import capability
-from hrm_text.kernels.pointwise import rms, swiglu
+from hrm_text.kernels.pointwise import PrefillBatch, rms, rope_write, swiglu
 
 # More than graphs have (`prefill_graphs.SIZES`), so that none is captured while quack is still compiled. A layer's four
 # products take quack and cuBLAS 398 and 437 us of 4,096 tokens on an H200, 214 and 229 of 2,048, 130 and 114 of 1,024.
@@ -25,10 +25,11 @@ logger = logging.getLogger(__name__)
 class Products(Protocol):
     """Weights are (rows, columns), contiguous, as is every x."""
 
-    def scaled(
-        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+    def gqkv(
+        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, batch: PrefillBatch, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """(tokens, rows) W x, and the (tokens,) factors that it still lacks; None where it has them."""
+        """[gate | q | k | v] = W x times each token's factor, q and k rotated, k and v in the `caches` as well, all as
+        `rope_write` does it; and the (tokens,) factors that the gate still lacks, None where it has them."""
 
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor | None:
         """Add W a to (tokens, rows) x in place; what is returned `factors` takes."""
@@ -43,10 +44,12 @@ class Products(Protocol):
 class CublasProducts:
     """Of any number of tokens."""
 
-    def scaled(
-        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor
+    def gqkv(
+        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, batch: PrefillBatch, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        return linear(x, weight), factors
+        product = linear(x, weight)
+        rope_write(product, factors, batch, *caches)
+        return product, factors
 
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> None:
         x.addmm_(a, weight.t())  # in place, for torch copies what it adds to otherwise
@@ -113,17 +116,35 @@ def try_out(products: Products, device: torch.device) -> None:
     def normal(*size: int, scale: float = 1.0) -> torch.Tensor:
         return torch.randn(size, generator=generator, device=device).mul_(scale).bfloat16()
 
-    x, weight, out = normal(300, 256), normal(1536, 256, scale=1 / 16), normal(300, 1536)
-    factors, wide = torch.rand(300, generator=generator, device=device), x.float() @ weight.float().t()
+    heads, head_dim, tokens = 3, 128, 300
+    x, weight = normal(tokens, 256), normal(4 * heads * head_dim, 256, scale=1 / 16)
+    factors, out = torch.rand(tokens, generator=generator, device=device), normal(tokens, len(weight))
+    slots = torch.randperm(320, generator=generator, device=device)[:tokens]
+    batch = PrefillBatch(slots % 64, slots, 16, normal(64, head_dim))
+    caches = torch.zeros(2, 20, 16, heads, head_dim, dtype=x.dtype, device=device)
+    wide = x.float() @ weight.float().t()
     scaled, total = wide * factors[:, None], out.float() + wide
     gate, up = scaled.chunk(2, -1)
-    expected = {"scaled": scaled, "add": total, "its factors": torch.rsqrt(total.square().mean(-1) + 1e-6)}
+    gqkv = scaled.view(tokens, 4, heads, head_dim).clone()
+    gqkv[:, 1:3] = turned(gqkv[:, 1:3], batch.cos_sin[batch.positions].float())
+    expected = {"gqkv": gqkv, "its KV": gqkv[:, 2:], "add": total}
+    expected["its factors"] = torch.rsqrt(total.square().mean(-1) + 1e-6)
     expected["swiglu"] = torch.nn.functional.silu(gate) * up
 
-    product, left = products.scaled(x, factors, weight)
+    product, left = products.gqkv(x, factors, weight, batch, *caches)
+    product = product.float().view_as(gqkv)
+    product[:, 0] *= 1 if left is None else left[:, None, None]
+    written = caches.flatten(1, 2)[:, slots].transpose(0, 1)
     norms = products.factors(out, products.add(out, x, weight), 1e-6)
-    found = product if left is None else product * left[:, None], out, norms, products.swiglu(x, factors, weight)
+    found = product, written, out, norms, products.swiglu(x, factors, weight)
     for (name, right), mine in zip(expected.items(), found, strict=True):
         error = float((mine.float() - right).norm() / right.norm())
         if not error <= 1e-2:
             raise RuntimeError(f"{name}: off by {error:.3g}, relative to the whole")
+
+
+def turned(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
+    """(tokens, ..., heads, head_dim) x behind RoPE with (tokens, head_dim) [cos | sin]."""
+    cos, sin = cos_sin.view(len(x), *[1] * (x.ndim - 2), -1).chunk(2, -1)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

@@ -15,8 +15,9 @@ from quack.epilogue.frontend import gemm_epilogue
 from quack.epilogue.math import unpack
 from quack.epilogue.ops import ColVecLoad, ColVecReduce
 
-from hrm_text.kernels.pointwise import factors_of
-from hrm_text.kernels.products import ADD_COLUMNS
+from hrm_text.kernels.pointwise import PrefillBatch, factors_of
+from hrm_text.kernels.products import ADD_COLUMNS, CublasProducts
+from hrm_text.kernels.quack_gqkv import Gqkv, runs
 
 
 def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> dict[str, Any]:
@@ -26,7 +27,6 @@ def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> di
 
 
 # The fastest at 16,384 tokens of the 1B.
-SCALED_TILE = tile(128, 160, True, (2, 1))
 ADD_TILE = tile(128, ADD_COLUMNS, True, (1, 2))
 SWIGLU_TILE = tile(128, 128, True, (1, 2))
 VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
@@ -45,11 +45,6 @@ def epilogue(**options: Any) -> Callable[[Callable[..., Any]], Any]:
     return wrap
 
 
-@epilogue(ops={"factor": ColVecLoad("factor")})
-def _scaled(acc: Any, factor: Any) -> dict[str, Any]:
-    return {"D": acc * factor}
-
-
 @epilogue(reduces={"squares": ColVecReduce("squares", scaled=True)})
 def _add(acc: Any, c: Any) -> dict[str, Any]:
     total = acc + c
@@ -65,10 +60,15 @@ def _swiglu(acc: Any, factor: Any) -> dict[str, Any]:
 class QuackProducts:
     """`hrm_text.kernels.products.Products` in bfloat16; the first call of each compiles it, for all shapes."""
 
-    def scaled(self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, None]:
-        out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-        _scaled.gemm(x, weight, out, None, epi_args={"factor": factors[None]}, **SCALED_TILE)
-        return out, None
+    def __init__(self) -> None:
+        self._gqkv = Gqkv()
+
+    def gqkv(
+        self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, batch: PrefillBatch, *caches: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if not runs(batch, *caches):
+            return CublasProducts().gqkv(x, factors, weight, batch, *caches)
+        return self._gqkv(x, factors, weight, batch, *caches), None
 
     def add(self, x: torch.Tensor, a: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         tokens, width = x.shape
