@@ -17,6 +17,8 @@ from hrm_text.lora import check_adapter
 from hrm_vllm.errors import RequestError
 from hrm_vllm.spans import rule_of
 
+LARGEST_ID = 2**31 - 1  # vLLM's runner for GPUs keeps ids in 32 bits, and the engine ends with a request that has more
+
 _checked: set[tuple[int, str]] = set()
 
 
@@ -24,12 +26,19 @@ def check_once(adapter: Any, vllm_config: Any) -> None:
     """Check the adapter of a request; those that were found right are not read again.
 
     Raises:
-        RequestError: it is not an adapter for this model; see `hrm_text.lora.check_adapter`.
+        RequestError: it is not an adapter for this model, see `hrm_text.lora.check_adapter`, or its id is too large.
     """
     key = (adapter.lora_int_id, adapter.lora_path)
     if key not in _checked:
-        _check(adapter, vllm_config)
+        _check_request(adapter, vllm_config)
         _checked.add(key)
+
+
+def _check_request(adapter: Any, vllm_config: Any) -> None:
+    if rule_of(vllm_config.model_config) is not None and adapter.lora_int_id > LARGEST_ID:
+        message = f"lora_int_id: must be at most {LARGEST_ID}, got {adapter.lora_int_id}"
+        raise RequestError(message, parameter="lora_int_id", value=adapter.lora_int_id)
+    _check(adapter, vllm_config)
 
 
 def _check(adapter: Any, vllm_config: Any) -> None:
@@ -50,7 +59,7 @@ def checking(original: Callable[..., bool]) -> Callable[..., bool]:
     """For `LLMEngine.add_lora`, which loads an adapter ahead of its requests (vLLM 0.32.0)."""
 
     def add_lora(self: Any, lora_request: Any) -> bool:
-        _check(lora_request, self.vllm_config)
+        _check_request(lora_request, self.vllm_config)
         return original(self, lora_request)
 
     return add_lora

@@ -1,5 +1,7 @@
 """Products of a step with prompts and what they are joined with, against float64; quack's on a GPU."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -26,6 +28,16 @@ def test_factors_of_parts_of_squares() -> None:
     x = torch.randn(130, 96, device=DEVICE)
     parts = x.square().view(130, 3, 32).sum(-1)
     torch.testing.assert_close(factors_of(parts, 96, EPS), rms(x, EPS), rtol=1e-6, atol=0)
+
+
+def test_turns_lie_as_quacks_gqkv_reads_them() -> None:
+    """Load n of lane l: blocks 2 n and 2 n + 1 of eight columns, of which the lane has two, with cosine and sine."""
+    none, table = torch.zeros(0, dtype=torch.int64), torch.rand(5, 128)
+    turns = PrefillBatch(none, none, PAGE, table).turns
+    loads = turns.view(5, 4, 4, 2, 2, 2)
+    for load, lane, block, column in itertools.product(range(4), range(4), range(2), range(2)):
+        mine, at = loads[:, load, lane, block, column], 8 * (2 * load + block) + 2 * lane + column
+        torch.testing.assert_close(mine.float(), table[:, [at, 64 + at]], rtol=0, atol=3e-4)
 
 
 def test_no_graph_has_quacks() -> None:
@@ -103,16 +115,17 @@ def poison(tokens: int, *widths: int) -> None:
 
 
 @gpu
-@pytest.mark.parametrize("across", [True, False])
+@pytest.mark.parametrize(("across", "page"), [(True, PAGE), (False, PAGE), (False, 1)])
 @pytest.mark.parametrize(("tokens", "heads"), [(1, 12), (127, 3), (128, 1), (300, 12), (2048, 12), (2500, 5)])
-def test_quacks_gqkv_equals_float64(tokens: int, heads: int, across: bool) -> None:
+def test_quacks_gqkv_equals_float64(tokens: int, heads: int, across: bool, page: int) -> None:
     """Rotated and in the cache, in the layouts of both engines; padding nowhere, and nothing else is written."""
     hidden, dim, products = 1536, 128, quack()
     x, weight, factors = normal(tokens, hidden), normal(4 * heads * dim, hidden, scale=0.03), torch.rand(tokens).cuda()
-    k_cache, v_cache = caches_of(tokens // PAGE + 2, heads, dim, torch.bfloat16, across)
-    slots = torch.randperm(len(k_cache) * PAGE, device=DEVICE)[:tokens]
+    caches = caches_of(tokens // PAGE + 2, heads, dim, torch.bfloat16, across)
+    k_cache, v_cache = caches if across else (cache.view(-1, page, heads, dim) for cache in caches)
+    slots = torch.randperm(len(k_cache) * page, device=DEVICE)[:tokens]
     slots[tokens // 2 :: 5] = -1
-    batch = PrefillBatch(torch.randint(4096, (tokens,), device=DEVICE), slots, PAGE, normal(4096, dim))
+    batch = PrefillBatch(torch.randint(4096, (tokens,), device=DEVICE), slots, page, normal(4096, dim))
     poison(tokens, len(weight))
     product, left = products.gqkv(x, factors, weight, batch, k_cache, v_cache)
     assert left is None
@@ -123,7 +136,7 @@ def test_quacks_gqkv_equals_float64(tokens: int, heads: int, across: bool) -> No
     assert close(q, turn(wide[:, 1], table)) and close(k, turn(wide[:, 2], table))
     there = slots >= 0
     for cache, mine in ((k_cache, k), (v_cache, v)):
-        assert torch.equal(cache[slots[there] // PAGE, slots[there] % PAGE], mine[there])
+        assert torch.equal(cache[slots[there] // page, slots[there] % page], mine[there])
         assert int((cache != 7).any(-1).sum()) == int(there.sum()) * heads
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from hrm_vllm.lora import LARGEST_ID
 from tests.adapters import make_adapter, merged, scaled_adapter
 from tests.vllm.engine import Answer, Ask, Engine
 from tests.vllm.mixes import TOLERANCE, deviation
@@ -70,7 +71,7 @@ def generate_with(llm: Any, asks: list[Ask], adapters: list[str | None]) -> list
 
     from tests.vllm.engine import generate
 
-    requests = [path and LoRARequest(path, 1 + zlib.crc32(path.encode()), path) for path in adapters]
+    requests = [path and LoRARequest(path, 1 + zlib.crc32(path.encode()) % LARGEST_ID, path) for path in adapters]
     return generate(llm, asks, requests)
 
 
@@ -93,10 +94,29 @@ def test_lora_equals_merged_weights(tiny: str, reference: Any, tmp_path: Path, r
         assert served[0][0].cached > 0
 
 
-def load(llm: Any, adapter: str) -> bool:
+def load(llm: Any, adapter: str, number: int = 999) -> bool:
     from vllm.lora.request import LoRARequest
 
-    return bool(llm.llm_engine.add_lora(LoRARequest("early", 999, adapter)))
+    return bool(llm.llm_engine.add_lora(LoRARequest("early", number, adapter)))
+
+
+def generate_numbered(llm: Any, ask: Ask, adapter: str, number: int) -> list[list[Answer]]:
+    from vllm.lora.request import LoRARequest
+
+    from tests.vllm.engine import generate
+
+    return generate(llm, [ask], LoRARequest("numbered", number, adapter))
+
+
+def test_the_largest_id_is_what_the_runner_for_gpus_keeps() -> None:
+    from vllm.lora.request import LoRARequest
+    from vllm.v1.worker.gpu.lora_utils import LoraState
+
+    state = LoraState(max_num_reqs=1)
+    state.add_request("largest", 0, LoRARequest("largest", LARGEST_ID, "there"))
+    assert state.lora_ids[0] == LARGEST_ID
+    with pytest.raises(OverflowError):
+        state.add_request("larger", 0, LoRARequest("larger", LARGEST_ID + 1, "there"))
 
 
 def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_goes_on(
@@ -123,6 +143,11 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_goes_on(
                 engine.call(generate_with, ASKS[1:2], [path])
             with pytest.raises(ValueError, match=f"LoRA adapter 'early': .*{message}"):
                 engine.call(load, path)
+        message = f"lora_int_id: must be at most {LARGEST_ID}, got {LARGEST_ID + 1}"
+        with pytest.raises(ValueError, match=message):
+            engine.call(load, str(good), LARGEST_ID + 1)
+        with pytest.raises(ValueError, match=message):
+            engine.call(generate_numbered, ASKS[1], str(good), LARGEST_ID + 1)
         assert engine.call(load, str(good))
         (answers,) = engine.call(generate_with, ASKS[1:2], [str(good)])
         assert deviation(merged(tiny, good), ASKS[1], answers) <= TOLERANCE
