@@ -186,9 +186,10 @@ class Gqkv:
         k_cache: torch.Tensor,
         v_cache: torch.Tensor,
     ) -> torch.Tensor:
-        """As `hrm_text.kernels.products.Products.gqkv`, where `runs`."""
+        """As `hrm_text.kernels.products.Products.gqkv`, with caches that are `fit`."""
         out = torch.empty(len(x), len(weight), dtype=x.dtype, device=x.device)
-        operands = Operands(factors, batch.positions, batch.write_slots, batch.turns, k_cache, v_cache)._asdict()
+        positions, slots = batch.positions.long(), batch.write_slots.long()
+        operands = Operands(factors, positions, slots, batch.turns, k_cache, v_cache)._asdict()
         if self._plan is None:
             gemm = epilogue_from_class(GqkvGemm)
             self._plan = gemm.plan(x, weight, out, epi_args=operands, config=CONFIG)
@@ -196,10 +197,9 @@ class Gqkv:
         return out
 
 
-def runs(batch: PrefillBatch, *caches: torch.Tensor) -> bool:
-    """Whether it was compiled for such operands."""
-    indices = batch.positions.dtype == batch.write_slots.dtype == torch.int64
-    return indices and all(
+def fit(*caches: torch.Tensor) -> bool:
+    """Whether it was compiled for such (pages, page size, heads, head_dim) caches."""
+    return all(
         cache.shape[-1] == HEAD_DIM
         and cache.dtype == torch.bfloat16
         and cache.data_ptr() % 16 == 0

@@ -17,7 +17,7 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce
 
 from hrm_text.kernels.pointwise import PrefillBatch, factors_of
 from hrm_text.kernels.products import ADD_COLUMNS, CublasProducts
-from hrm_text.kernels.quack_gqkv import Gqkv, runs
+from hrm_text.kernels.quack_gqkv import Gqkv, fit
 
 
 def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class QuackProducts:
     def gqkv(
         self, x: torch.Tensor, factors: torch.Tensor, weight: torch.Tensor, batch: PrefillBatch, *caches: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if not runs(batch, *caches):
+        if not fit(*caches):
             return CublasProducts().gqkv(x, factors, weight, batch, *caches)
         return self._gqkv(x, factors, weight, batch, *caches), None
 
