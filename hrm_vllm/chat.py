@@ -1,13 +1,15 @@
 """Chat requests: the shared template, rendered to token ids in which message text is only text."""
 
 import difflib
+from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from vllm.config import VllmConfig
 from vllm.renderers.chat_utils import parse_chat_messages, parse_chat_messages_async
 from vllm.renderers.hf import HfRenderer
 from vllm.renderers.inputs.preprocess import parse_dec_only_prompt
-from vllm.renderers.params import ChatParams
+from vllm.renderers.params import ChatParams, TokenizeParams
 
 from hrm_text.envelope import DEFAULT_CONDITION, ChatEncoder, ChatError
 from hrm_vllm.compat import chat_template_error
@@ -24,6 +26,20 @@ class HrmTextRenderer(HfRenderer):
     def __init__(self, config: VllmConfig, tokenizer: Any) -> None:
         self._encoder = ChatEncoder.of(tokenizer) if tokenizer is not None else None
         super().__init__(config, tokenizer)
+
+    def render_chat(
+        self, conversations: Any, chat_params: ChatParams, tok_params: TokenizeParams | None = None, **options: Any
+    ) -> Any:
+        chats = super().render_chat(conversations, chat_params, uncut(chat_params, tok_params), **options)
+        check_cut(chats[1], chat_params, tok_params)
+        return chats
+
+    async def render_chat_async(
+        self, conversations: Any, chat_params: ChatParams, tok_params: TokenizeParams | None = None, **options: Any
+    ) -> Any:
+        chats = await super().render_chat_async(conversations, chat_params, uncut(chat_params, tok_params), **options)
+        check_cut(chats[1], chat_params, tok_params)
+        return chats
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
         if params.chat_template is not None:
@@ -66,3 +82,30 @@ class HrmTextRenderer(HfRenderer):
         except ChatError as error:
             raise RequestError(str(error), parameter="messages") from error
         return conversation, parse_dec_only_prompt(ids)
+
+
+def uncut(chat_params: ChatParams, tok_params: TokenizeParams | None) -> TokenizeParams | None:
+    """The tokenization of a chat in our template: as a whole, or too long for the model's context."""
+    if tok_params is None or chat_params.chat_template is not None:
+        return tok_params
+    return replace(tok_params, truncate_prompt_tokens=None)
+
+
+def check_cut(prompts: Iterable[Any], chat_params: ChatParams, tok_params: TokenizeParams | None) -> None:
+    """Refuse a limit that would cut a chat's markers off, and so change what its spans are.
+
+    Raises:
+        RequestError: a prompt is longer.
+    """
+    limit = None if tok_params is None else tok_params.truncate_prompt_tokens
+    if limit is None or chat_params.chat_template is not None:
+        return
+    for prompt in prompts:
+        tokens = len(prompt["prompt_token_ids"])
+        if 0 <= limit < tokens:
+            raise RequestError(
+                f"truncate_prompt_tokens: {limit} would cut this chat of {tokens} tokens and its markers; shorten its "
+                "messages",
+                parameter="truncate_prompt_tokens",
+                value=limit,
+            )

@@ -286,9 +286,26 @@ BAD: dict[str, tuple[str, dict[str, Any], list[str]]] = {
         },
         ["tools"],
     ),
+    "a chat cut short": (
+        "/v1/chat/completions",
+        {"messages": CHAT_TURN, "truncate_prompt_tokens": 3},
+        ["truncate_prompt_tokens", "3", "4 tokens"],
+    ),
+    "a chat over the context that may be cut": (
+        "/v1/chat/completions",
+        {"messages": [{"role": "user", "content": "word " * 1500}], "truncate_prompt_tokens": -1},
+        ["1024", "maximum context length"],
+    ),
     "seed on a CPU": ("/v1/completions", {"prompt": "x", "seed": 5, "temperature": 1.0}, ["seed", "5", "CPU"]),
     "beam search": ("/v1/completions", {"prompt": "x", "use_beam_search": True, "n": 2}, ["use_beam_search"]),
 }
+
+
+def test_a_limit_that_cuts_nothing(server: Server) -> None:
+    _, plain = server.chat(QUESTION, logprobs=True, **COT)
+    status, limited = server.chat(QUESTION, logprobs=True, truncate_prompt_tokens=200, **COT)
+    assert status == 200, limited
+    assert limited["choices"][0]["message"] == plain["choices"][0]["message"]
 
 
 @pytest.mark.parametrize("case", BAD)
