@@ -110,8 +110,7 @@ def test_quacks_equal_float64(tokens: int) -> None:
 
 def poison(tokens: int, *widths: int) -> None:
     """What is allocated next takes this memory."""
-    for _ in [torch.full((tokens, width), float("nan"), device=DEVICE).bfloat16() for width in widths]:
-        pass
+    _ = [torch.full((tokens, width), float("nan"), device=DEVICE).bfloat16() for width in widths]
 
 
 @gpu
