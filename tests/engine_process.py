@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Any, Self
 
 PATIENCE = 240  # seconds until an engine that gives no answer is taken to hang
+INTERPRETED_PATIENCE = 900  # of one whose kernels Triton interprets: a batch takes minutes beside other tests
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class EngineProcess:
         env: Mapping[str, str],
         *args: Any,
     ) -> None:
+        self._patience = INTERPRETED_PATIENCE if "TRITON_INTERPRET" in env else PATIENCE
         before = {key: os.environ.get(key) for key in env}
         os.environ.update(env)
         try:
@@ -109,9 +111,9 @@ class EngineProcess:
         return self._receive()
 
     def _receive(self) -> Any:
-        if not self._pipe.poll(PATIENCE):
+        if not self._pipe.poll(self._patience):
             self._process.kill()
-            raise RuntimeError(f"the engine gave no answer in {PATIENCE} s: a request waits for ever")
+            raise RuntimeError(f"the engine gave no answer in {self._patience} s: a request waits for ever")
         try:
             kind, value = self._pipe.recv()
         except EOFError:
