@@ -60,6 +60,9 @@ def all_hooks() -> list[Hook]:
         _model_class(),
         _model_config(),
         _chat_renderer(),
+        # Our renderer's, which let no limit cut a chat.
+        expect("whole chats", "renderers/online_renderer.py", "await renderer.render_chat_async("),
+        expect("whole chats", "entrypoints/common/offline.py", "= renderer.render_chat("),
         wrap("model names", "vllm.engine.arg_utils:EngineArgs.create_engine_config", model_names.resolving),
         wrap("model names offline", "vllm.engine.arg_utils:get_model_path", model_names.keeping_names),
         wrap(
