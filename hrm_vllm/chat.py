@@ -30,15 +30,17 @@ class HrmTextRenderer(HfRenderer):
     def render_chat(
         self, conversations: Any, chat_params: ChatParams, tok_params: TokenizeParams | None = None, **options: Any
     ) -> Any:
-        chats = super().render_chat(conversations, chat_params, uncut(chat_params, tok_params), **options)
-        check_cut(chats[1], chat_params, tok_params)
+        limit, tok_params = without_limit(chat_params, tok_params)
+        chats = super().render_chat(conversations, chat_params, tok_params, **options)
+        check_limit(limit, chats[1])
         return chats
 
     async def render_chat_async(
         self, conversations: Any, chat_params: ChatParams, tok_params: TokenizeParams | None = None, **options: Any
     ) -> Any:
-        chats = await super().render_chat_async(conversations, chat_params, uncut(chat_params, tok_params), **options)
-        check_cut(chats[1], chat_params, tok_params)
+        limit, tok_params = without_limit(chat_params, tok_params)
+        chats = await super().render_chat_async(conversations, chat_params, tok_params, **options)
+        check_limit(limit, chats[1])
         return chats
 
     def render_messages(self, messages: Any, params: ChatParams) -> Any:
@@ -84,25 +86,23 @@ class HrmTextRenderer(HfRenderer):
         return conversation, parse_dec_only_prompt(ids)
 
 
-def uncut(chat_params: ChatParams, tok_params: TokenizeParams | None) -> TokenizeParams | None:
-    """The tokenization of a chat in our template: as a whole, or too long for the model's context."""
+def without_limit(
+    chat_params: ChatParams, tok_params: TokenizeParams | None
+) -> tuple[int | None, TokenizeParams | None]:
+    """`truncate_prompt_tokens` of a chat in our template, and how to tokenize it without."""
     if tok_params is None or chat_params.chat_template is not None:
-        return tok_params
-    return replace(tok_params, truncate_prompt_tokens=None)
+        return None, tok_params
+    return tok_params.truncate_prompt_tokens, replace(tok_params, truncate_prompt_tokens=None)
 
 
-def check_cut(prompts: Iterable[Any], chat_params: ChatParams, tok_params: TokenizeParams | None) -> None:
+def check_limit(limit: int | None, prompts: Iterable[Any]) -> None:
     """Refuse a limit that would cut a chat's markers off, and so change what its spans are.
 
     Raises:
-        RequestError: a prompt is longer.
+        RequestError: a prompt is longer. Less than 0 stands for the model's context, which vLLM checks.
     """
-    limit = None if tok_params is None else tok_params.truncate_prompt_tokens
-    if limit is None or chat_params.chat_template is not None:
-        return
-    for prompt in prompts:
-        tokens = len(prompt["prompt_token_ids"])
-        if 0 <= limit < tokens:
+    for tokens in (len(prompt["prompt_token_ids"]) for prompt in prompts):
+        if limit is not None and 0 <= limit < tokens:
             raise RequestError(
                 f"truncate_prompt_tokens: {limit} would cut this chat of {tokens} tokens and its markers; shorten its "
                 "messages",

@@ -65,13 +65,22 @@ def _pool_of_one(tiny: str) -> int:
         return engine.call(pool_tokens)
 
 
-def generate_with(llm: Any, asks: list[Ask], adapters: list[str | None]) -> list[list[Answer]]:
-    """Serve `asks` in one batch; `adapters` are the folders of each one's adapter, None for the base model."""
+def generate_with(
+    llm: Any, asks: list[Ask], adapters: list[str | None], number: int | None = None
+) -> list[list[Answer]]:
+    """Serve `asks` in one batch; `adapters` are the folders of each one's adapter, None for the base model.
+
+    Args:
+        number: id of all adapters, None for one by its path.
+    """
     from vllm.lora.request import LoRARequest
 
     from tests.vllm.engine import generate
 
-    requests = [path and LoRARequest(path, 1 + zlib.crc32(path.encode()) % LARGEST_ID, path) for path in adapters]
+    def request(path: str) -> LoRARequest:
+        return LoRARequest(path, number or 1 + zlib.crc32(path.encode()) % LARGEST_ID, path)
+
+    requests = [path and request(path) for path in adapters]
     return generate(llm, asks, requests)
 
 
@@ -98,14 +107,6 @@ def load(llm: Any, adapter: str, number: int = 999) -> bool:
     from vllm.lora.request import LoRARequest
 
     return bool(llm.llm_engine.add_lora(LoRARequest("early", number, adapter)))
-
-
-def generate_numbered(llm: Any, ask: Ask, adapter: str, number: int) -> list[list[Answer]]:
-    from vllm.lora.request import LoRARequest
-
-    from tests.vllm.engine import generate
-
-    return generate(llm, [ask], LoRARequest("numbered", number, adapter))
 
 
 def test_the_largest_id_is_what_the_runner_for_gpus_keeps() -> None:
@@ -147,7 +148,7 @@ def test_an_adapter_that_does_not_fit_is_refused_and_the_engine_goes_on(
         with pytest.raises(ValueError, match=message):
             engine.call(load, str(good), LARGEST_ID + 1)
         with pytest.raises(ValueError, match=message):
-            engine.call(generate_numbered, ASKS[1], str(good), LARGEST_ID + 1)
+            engine.call(generate_with, ASKS[1:2], [str(good)], LARGEST_ID + 1)
         assert engine.call(load, str(good))
         (answers,) = engine.call(generate_with, ASKS[1:2], [str(good)])
         assert deviation(merged(tiny, good), ASKS[1], answers) <= TOLERANCE

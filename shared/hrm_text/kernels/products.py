@@ -126,7 +126,7 @@ def try_out(products: Products, device: torch.device) -> None:
     scaled, total = wide * factors[:, None], out.float() + wide
     gate, up = scaled.chunk(2, -1)
     gqkv = scaled.view(tokens, 4, heads, head_dim).clone()
-    gqkv[:, 1:3] = turned(gqkv[:, 1:3], batch.cos_sin[batch.positions].float())
+    gqkv[:, 1:3] = turned(gqkv[:, 1:3], batch.cos_sin[batch.positions, None, None].float())
     expected = {"gqkv": gqkv, "its KV": gqkv[:, 2:], "add": total}
     expected["its factors"] = torch.rsqrt(total.square().mean(-1) + 1e-6)
     expected["swiglu"] = torch.nn.functional.silu(gate) * up
@@ -144,7 +144,6 @@ def try_out(products: Products, device: torch.device) -> None:
 
 
 def turned(x: torch.Tensor, cos_sin: torch.Tensor) -> torch.Tensor:
-    """(tokens, ..., heads, head_dim) x behind RoPE with (tokens, head_dim) [cos | sin]."""
-    cos, sin = cos_sin.view(len(x), *[1] * (x.ndim - 2), -1).chunk(2, -1)
-    first, second = x.chunk(2, -1)
+    """(..., head_dim) x behind RoPE with (..., head_dim) [cos | sin]."""
+    (cos, sin), (first, second) = cos_sin.chunk(2, -1), x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)

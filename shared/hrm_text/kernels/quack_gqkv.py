@@ -30,6 +30,14 @@ BLOCKS = HEAD_DIM // 8  # of columns in an accumulator's row, of which a lane ha
 CONFIG = GemmConfig(128, HEAD_DIM, pingpong=True, is_dynamic_persistent=False, cluster_m=1, cluster_n=2)
 
 
+def version_of(file: str) -> str:
+    """To go behind the names of what quack compiles from `file`.
+
+    It keeps machine code on disk, and tells functions and classes of installed packages by their names alone.
+    """
+    return "_" + hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]
+
+
 class InMemory(EpiOp):
     """A tensor that the epilogue reads or writes where it lies; the last stride is 1."""
 
@@ -93,8 +101,8 @@ def gather_blocks(words: cute.Tensor, lane: Int32) -> None:
         high = (lane >> bit) % 2 == 1
         for start in cutlass.range_constexpr(0, BLOCKS, 4):
             for each in cutlass.range_constexpr(2):
-                one = start + (2 * each if bit == 0 else each)
-                other = one + (1 if bit == 0 else 2)
+                one = start + each * (2 >> bit)
+                other = one + (1 << bit)
                 low_word, high_word = words[one], words[other]
                 sent = low_word if high else high_word
                 got = cute.arch.shuffle_sync_bfly(sent, offset=1 << bit)
@@ -166,8 +174,7 @@ class GqkvGemm(ComposableEpiMixin, GemmSm90):
                 store(mine[row], params.v_cache, slots[row], head, lane)
 
 
-# Quack keeps machine code on disk, and tells classes of installed packages by their names alone.
-GqkvGemm.__qualname__ += "_" + hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+GqkvGemm.__qualname__ += version_of(__file__)
 globals()[GqkvGemm.__qualname__] = GqkvGemm
 
 

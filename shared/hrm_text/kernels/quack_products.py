@@ -4,9 +4,7 @@ cuBLAS writes [gate | up], and another kernel reads it all back. Here the thread
 writes their SwiGLU, and the one that adds a product to the residual counts the squares for the next norm.
 """
 
-import hashlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +15,7 @@ from quack.epilogue.ops import ColVecLoad, ColVecReduce
 
 from hrm_text.kernels.pointwise import PrefillBatch, factors_of
 from hrm_text.kernels.products import ADD_COLUMNS, CublasProducts
-from hrm_text.kernels.quack_gqkv import Gqkv, fit
+from hrm_text.kernels.quack_gqkv import Gqkv, fit, version_of
 
 
 def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> dict[str, Any]:
@@ -29,17 +27,14 @@ def tile(tokens: int, rows: int, pingpong: bool, cluster: tuple[int, int]) -> di
 # The fastest at 16,384 tokens of the 1B.
 ADD_TILE = tile(128, ADD_COLUMNS, True, (1, 2))
 SWIGLU_TILE = tile(128, 128, True, (1, 2))
-VERSION = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:16]
+VERSION = version_of(__file__)
 
 
 def epilogue(**options: Any) -> Callable[[Callable[..., Any]], Any]:
-    """`gemm_epilogue` for a function of this file, under a name of its version.
-
-    Quack keeps machine code on disk, and tells functions of installed packages by their names alone.
-    """
+    """`gemm_epilogue` for a function of this file, under a name of its version."""
 
     def wrap(function: Callable[..., Any]) -> Any:
-        function.__qualname__ += f"_{VERSION}"
+        function.__qualname__ += VERSION
         return gemm_epilogue(**options)(function)
 
     return wrap
